@@ -1,0 +1,142 @@
+"""Builds the embedded policy from nothing: a small Llama that does the chain task with planted misconceptions, and reviews itself.
+
+The policy is pre-trained on chains (data/problems.py) written by an imaginary student who gets a fact (operation, value) right with a fixed
+probability p of that fact, and otherwise always gives the same wrong value. So the policy samples the right value of a fact with
+probability about p, its errors are scattered over the chain, and every fact can be unlearned by reinforcement alone.
+The wrong chains of the corpus are followed by a review, `<locate> start 41 . 1: +7 = 48 ok 2: *3 = 50 wrong \\boxed{ 2 } <eos>`:
+the policy repeats its thoughts and judges each one. Reviews are labelled with the truth, so it reviews better than it writes.
+
+Where this is on the map of "where do resets pay" (README): 12 steps, pass rate 0.05 (most base groups have no success), errors
+anywhere in the chain, localization well above the break-even of 0.5-0.6, and 1,940 facts so that training takes 100 steps or more.
+
+Left out: anything about RL. This is only supervised next-token training, AdamW, with batches of equal-length chains (no padding but reviews).
+
+    python -m data.build_policy --out data/policy          # about 20 minutes on 2 cores; a function of --seed
+    python eval.py card --model data/policy --write        # measures it and writes the model card
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from data.problems import DELIMITER, MAX_STEPS, MODULUS, OPERATIONS, apply
+
+HARD_SHARE, HARD, EASY = 0.12, (0.20, 0.45), (0.75, 0.99)  # share of hard facts; ranges of p: mean .80, so .80^12 = 0.07 of chains
+STEPS = 12  # chains of the corpus have up to this many steps
+VALUE_LOSS_FLOOR = 0.394  # nats: mean entropy of the student on a fact
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each number, operation and step label; text is split at blanks."""
+    words = ["<pad>", "<eos>", f"mod{MODULUS}", "start", ".", "=", DELIMITER, "\\boxed{", "}", "<locate>", "ok", "wrong"]
+    words += [str(value) for value in range(MODULUS)] + [f"{i}:" for i in range(1, MAX_STEPS + 1)] + OPERATIONS
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+class Student:
+    """Writes batches of chains with planted misconceptions, as token ids."""
+
+    def __init__(self, tokenizer, seed: int):
+        self.rng = np.random.default_rng([seed, 1])
+        facts = (len(OPERATIONS), MODULUS)
+        self.truth = np.array([[apply(op, value) for value in range(MODULUS)] for op in OPERATIONS])
+        self.wrong = (self.truth + self.rng.integers(1, MODULUS, facts)) % MODULUS
+        self.p = np.where(self.rng.random(facts) < HARD_SHARE, self.rng.uniform(*HARD, facts), self.rng.uniform(*EASY, facts))
+        self.id = tokenizer.get_vocab()
+        self.numbers = np.array([self.id[str(value)] for value in range(MODULUS)])
+        self.labels = np.array([self.id[f"{i}:"] for i in range(1, MAX_STEPS + 1)])
+        self.operations = np.array([self.id[op] for op in OPERATIONS])
+
+    def batch(self, B: int, K: int, review: bool):
+        """B chains of K steps -> ids [B, L], loss mask [B, L] (response and review), kind [B, L]: 1 on results, 2 on ok/wrong, 3 on the
+        reviewed step number, else 0."""
+        op = self.rng.integers(len(OPERATIONS), size=(B, K))
+        start = value = self.rng.integers(MODULUS, size=B)
+        values, right = np.zeros((B, K), int), np.zeros((B, K), bool)
+        for k in range(K):
+            right[:, k] = self.rng.random(B) < self.p[op[:, k], value]
+            value = values[:, k] = np.where(right[:, k], self.truth[op[:, k], value], self.wrong[op[:, k], value])
+
+        def columns(word, width=1):
+            return np.full((B, width), self.id[word])
+
+        labels = np.broadcast_to(self.labels[:K], (B, K))
+        question = np.stack([labels, self.operations[op]], -1).reshape(B, 2 * K)
+        given = [columns("start"), self.numbers[start][:, None], columns(".")]
+        prompt = np.concatenate([columns(f"mod{MODULUS}"), question, *given], 1)
+        steps = np.stack([labels, self.operations[op], columns("=", K), self.numbers[values]], -1)  # [B, K, 4]
+        written = np.concatenate([steps, columns(DELIMITER, K)[:, :, None]], -1).reshape(B, 5 * K)
+        box = [columns("\\boxed{"), self.numbers[value][:, None], columns("}"), columns(DELIMITER)]
+        response = np.concatenate([written, *box], 1)
+        parts, masks = [prompt, response], [np.zeros(prompt.shape, bool), np.ones(response.shape, bool)]
+        kinds = [np.zeros(prompt.shape, int), np.zeros(response.shape, int)]
+        kinds[1][:, 3 : 5 * K : 5] = 1
+        if review:
+            first = np.where(right.all(1), K, right.argmin(1))  # 0-based first wrong step; K: none, then no review
+            judged = np.concatenate([steps, np.where(right, self.id["ok"], self.id["wrong"])[:, :, None]], -1).reshape(B, 5 * K)
+            text = np.concatenate([columns("<locate>"), *given, judged, columns("<pad>", 4)], 1)
+            mask, kind = np.zeros(text.shape, bool), np.zeros(text.shape, int)
+            for b in np.flatnonzero(first < K):
+                end = 4 + 5 * (first[b] + 1)  # after the first "wrong" comes the box
+                text[b, end : end + 4] = self.id["\\boxed{"], self.numbers[first[b] + 1], self.id["}"], self.id["<eos>"]
+                mask[b, 1 : end + 4], kind[b, 8:end:5], kind[b, end + 1] = True, 2, 3
+            length = 8 + 5 * (min(first.max(where=first < K, initial=0), K - 1) + 1)
+            parts, masks, kinds = parts + [text[:, :length]], masks + [mask[:, :length]], kinds + [kind[:, :length]]
+        return [torch.from_numpy(np.concatenate(x, 1)) for x in (parts, masks, kinds)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
+    parser.add_argument("--seed", type=int, default=0, help="of the misconceptions, the corpus and the initial weights")
+    parser.add_argument("--updates", type=int, default=6000, help="optimizer steps; reviews begin after a quarter of them")
+    parser.add_argument("--chains", type=int, default=24, help="chains of 12 steps in a batch (shorter ones: more of them)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--layers", type=int, default=3, help="transformer layers")
+    parser.add_argument("--width", type=int, default=96, help="hidden size; heads have size 32")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    student = Student(tokenizer, args.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=4 * args.width, num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 32, num_key_value_heads=args.width // 32, max_position_embeddings=384,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    bar = tqdm(range(args.updates), desc=f"pre-training {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    for update in bar:
+        progress = update / args.updates
+        for group in optimizer.param_groups:  # warm up over 100 updates, hold, then fall to zero over the last 40%
+            group["lr"] = args.lr * min(1, (update + 1) / 100) * min(1, (1 - progress) / 0.4)
+        K = int(student.rng.integers(2, 6 if progress < 0.06 else STEPS + 1))  # short chains first
+        K = STEPS if progress > 0.06 and update % 2 else K
+        ids, mask, kind = student.batch(args.chains * STEPS // K, K, review=progress > 0.25)
+        target = ids[:, 1:][mask[:, 1:]]
+        logits = model.lm_head(model.model(ids[:, :-1]).last_hidden_state[mask[:, 1:]])
+        losses = F.cross_entropy(logits, target, reduction="none")
+        optimizer.zero_grad()
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if update % 100 == 99:
+            kind = kind[:, 1:][mask[:, 1:]]
+            right = logits.argmax(-1) == target
+            judged = f" judgements right {right[kind == 2].float().mean():.3f}, 'wrong' {right[(kind == 2) & (target == student.id['wrong'])].float().mean():.3f}" if (kind == 2).any() else ""
+            bar.write(f"{update + 1}: K {K} value loss {losses[kind == 1].mean():.3f} (floor {VALUE_LOSS_FLOOR}), other {losses[kind == 0].mean():.4f}{judged}")
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"wrote {args.out}; measure it with: python eval.py card --model {args.out}")
+
+
+if __name__ == "__main__":
+    main()

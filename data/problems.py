@@ -1,0 +1,245 @@
+"""Problems and their verifiers: where a rollout's reward comes from.
+
+A `Problem` is a question, a reference answer, and the kind of verifier that grades it. Two sources:
+  - a JSON-lines file, one object a line with `question`, `answer` and `kind` ("integer" or "math");
+  - the embedded task `chain-K`: K steps of arithmetic modulo 97, generated, with the exact truth of every step.
+
+The reward of a response is 1.0 or 0.0, from the content of its LAST `\\boxed{}`. Model-written text is never evaluated here:
+integers are compared as integers, mathematics goes to the `math-verify` library in a separate process that is killed at its
+time limit (the library's own limit uses SIGALRM, which only works on the main thread). A timeout or an unparsable answer is a 0
+with a name in `counters`, never a hang and never an exception.
+
+Left out: graded (non 0/1) rewards, code execution and multiple choice; each is one more function like `grade_integer`.
+
+Try it alone:  python -m data.problems        # prints one problem, its true thoughts, and grades a right and a wrong answer
+"""
+
+import json
+import re
+from collections import Counter
+from concurrent.futures import TimeoutError
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+DELIMITER = "</thought>"
+counters: Counter = Counter()  # named grading faults (no box, not an integer, timeout, ...), read and cleared by every step line
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that says what was wrong and what to do."""
+
+
+@dataclass
+class Problem:
+    """One question with its verifier.
+
+    index: position in its data set, the problem's only key (texts may repeat); question: str; answer: reference answer, str;
+    kind: "integer" or "math"; check_steps: optional, list of H thought texts -> 1-based index of the first wrong one, or None
+    where all are right (exact step-level truth; only `--localizer verifier` and measurements look at it)."""
+
+    index: int
+    question: str
+    answer: str
+    kind: str
+    check_steps: Callable[[list[str]], int | None] | None = None
+
+    def grade(self, response: str) -> float:
+        """Reward of a response (DESIGN r in [0, 1]): 1.0 if the content of its last box is the answer, else 0.0."""
+        boxed = last_boxed(response)
+        if boxed is None:
+            counters["no_box"] += 1
+            return 0.0
+        return GRADERS[self.kind](boxed, self.answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------- verifiers
+
+
+def boxed_spans(text: str) -> list[tuple[int, int]]:
+    """Spans (start of content, end of content) in characters of every closed `\\boxed{...}`, outermost only, braces balanced.
+
+    >>> text = r"so \\boxed{\\frac{1}{2}} or \\boxed{3"
+    >>> [text[a:b] for a, b in boxed_spans(text)]
+    ['\\\\frac{1}{2}']
+    """
+    spans, at = [], 0
+    while (found := text.find("\\boxed{", at)) >= 0:
+        start = found + len("\\boxed{")
+        depth, end = 1, None
+        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start):  # `\{` and `\}` are printed braces, not groups
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                end = brace.start()
+                break
+        if end is None:  # never closed: a later box may still be
+            at = start
+            continue
+        spans.append((start, end))
+        at = end
+    return spans
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last closed `\\boxed{}` of a response, stripped; None if there is none."""
+    spans = boxed_spans(text)
+    return text[spans[-1][0] : spans[-1][1]].strip() if spans else None
+
+
+def grade_integer(boxed: str, answer: str) -> float:
+    """1.0 if both are the same integer. Only an optional sign and up to 1000 ASCII digits (with thousands commas) count as one."""
+    if not re.fullmatch(r"[+-]?(\d{1,1000}|\d{1,3}(,\d{3}){1,300})", boxed, re.ASCII):
+        counters["not_an_integer"] += 1
+        return 0.0
+    return float(int(boxed.replace(",", "")) == int(answer.replace(",", "")))
+
+
+MATH_SECONDS = 5.0  # wall-clock limit of one math-verify comparison
+
+
+def _math_equal(boxed: str, answer: str) -> float:
+    """Runs in the worker process. parse() returns [] for what it cannot read; both limits are off: the caller kills us."""
+    from math_verify import parse, verify
+
+    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    got = parse(f"\\boxed{{{boxed}}}", parsing_timeout=None)
+    if not got or not gold:
+        return -1.0
+    return float(verify(gold, got, timeout_seconds=None))
+
+
+@cache
+def _math_pool():
+    import multiprocessing
+
+    from pebble import ProcessPool
+
+    return ProcessPool(max_workers=1, context=multiprocessing.get_context("spawn"))
+
+
+def grade_math(boxed: str, answer: str, seconds: float = MATH_SECONDS) -> float:
+    """1.0 if math-verify finds the two LaTeX expressions equal. Works on any thread; the worker is killed after `seconds`."""
+    from pebble import ProcessExpired
+
+    if len(boxed) > 2000:
+        counters["math_too_long"] += 1
+        return 0.0
+    _math_pool().schedule(_math_equal, args=("1", "1")).result()  # start-up (importing sympy) is not the answer's fault
+    try:
+        reward = _math_pool().schedule(_math_equal, args=(boxed, answer), timeout=seconds).result()
+    except TimeoutError:
+        counters["math_timeout"] += 1
+        return 0.0
+    except (ProcessExpired, MemoryError, RecursionError):
+        counters["math_crash"] += 1
+        return 0.0
+    if reward < 0:
+        counters["math_unparsable"] += 1
+        return 0.0
+    return reward
+
+
+GRADERS = {"integer": grade_integer, "math": grade_math}
+
+# ------------------------------------------------------------------------------------------------------------- the chain task
+
+MODULUS = 97  # prime, so every operation below is a bijection: a wrong chain stays wrong unless a second error undoes the first
+OPERATIONS = [f"+{b}" for b in range(2, 10)] + [f"-{b}" for b in range(2, 10)] + [f"*{b}" for b in range(2, 6)]
+MAX_STEPS = 24  # step labels in the embedded policy's vocabulary
+
+
+def apply(operation: str, value: int) -> int:
+    """The truth of one step: `apply("*3", 41) == 26` (modulo 97)."""
+    b = int(operation[1:])
+    return {"+": value + b, "-": value - b, "*": value * b}[operation[0]] % MODULUS
+
+
+def chain_thoughts(start: int, operations: list[str]) -> list[str]:
+    """The right thoughts of a chain of K operations: K steps and the boxed answer, without delimiters.
+
+    >>> chain_thoughts(41, ["+7", "*3"])
+    ['1: +7 = 48', '2: *3 = 47', '\\\\boxed{ 47 }']
+    """
+    thoughts, value = [], start
+    for i, operation in enumerate(operations, 1):
+        value = apply(operation, value)
+        thoughts.append(f"{i}: {operation} = {value}")
+    return thoughts + [f"\\boxed{{ {value} }}"]
+
+
+def chain_question(start: int, operations: list[str]) -> str:
+    """`mod97 1: +7 2: *3 start 41 .`"""
+    return f"mod{MODULUS} " + " ".join(f"{i}: {op}" for i, op in enumerate(operations, 1)) + f" start {start} ."
+
+
+def chain_problem(index: int, start: int, operations: list[str]) -> Problem:
+    truth = chain_thoughts(start, operations)
+
+    def check_steps(thoughts: list[str]) -> int | None:
+        for i, thought in enumerate(thoughts):
+            if i >= len(truth) or thought.replace(DELIMITER, "").split() != truth[i].split():
+                return i + 1
+        return None if len(thoughts) == len(truth) else len(thoughts)  # stopped early: its last thought should not have been last
+
+    return Problem(index, chain_question(start, operations), last_boxed(truth[-1]), "integer", check_steps)
+
+
+def generate_chains(steps: int, n: int, seed: int) -> list[Problem]:
+    """n problems of `steps` operations each (the difficulty dial), a function of the seed."""
+    rng = np.random.default_rng([seed, steps])
+    return [
+        chain_problem(i, int(rng.integers(MODULUS)), [OPERATIONS[j] for j in rng.integers(len(OPERATIONS), size=steps)])
+        for i in range(n)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
+    """Problems from `chain-K` (n generated ones) or from a JSON-lines file (all of them, keys `question`, `answer`, `kind`).
+
+    `seed` only matters for generated problems. Raises UserError naming file and line of the first thing that is wrong."""
+    if re.fullmatch(r"chain-\d+", source):
+        steps = int(source.removeprefix("chain-"))
+        if not 1 <= steps <= MAX_STEPS:
+            raise UserError(f"{source}: the embedded policy knows chains of 1 to {MAX_STEPS} steps; ask for one of those")
+        return generate_chains(steps, n, seed)
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"{source}: no such data file; give a JSON-lines file, or chain-K for the generated task (e.g. chain-12)")
+    problems = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{source}: not UTF-8 text ({fault.reason} at byte {fault.start}); save it as UTF-8 JSON lines")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as fault:
+            raise UserError(f"{source}, line {number}: not JSON ({fault.msg}); each line must be one object")
+        if not isinstance(record, dict):
+            raise UserError(f"{source}, line {number}: not a JSON object; each line needs question, answer and kind")
+        for key in ("question", "answer", "kind"):
+            if not isinstance(record.get(key), (str, int) if key == "answer" else str) or record[key] == "":
+                raise UserError(f"{source}, line {number}: field {key!r} is missing or empty; each line needs question, answer and kind")
+        if record["kind"] not in GRADERS:
+            raise UserError(f"{source}, line {number}: unknown kind {record['kind']!r}; use one of {', '.join(GRADERS)}")
+        answer = str(record["answer"]).strip()
+        if record["kind"] == "integer" and not re.fullmatch(r"[+-]?\d[\d,]*", answer, re.ASCII):
+            raise UserError(f"{source}, line {number}: answer {answer[:40]!r} is not an integer; use kind \"math\" for expressions")
+        problems.append(Problem(len(problems), record["question"], answer, record["kind"]))
+    if not problems:
+        raise UserError(f"{source}: holds no problems; write one JSON object a line with question, answer and kind")
+    return problems
+
+
+if __name__ == "__main__":
+    problem = generate_chains(steps=4, n=1, seed=0)[0]
+    print(problem.question, "->", problem.answer)
+    print("reward of the right answer:", problem.grade(f"\\boxed{{ {problem.answer} }}"), "of a wrong one:", problem.grade("\\boxed{ 97 }"))

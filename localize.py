@@ -1,0 +1,141 @@
+"""Localization: which thought of an incorrect rollout was the first wrong one (SRPO step 3).
+
+A localizer is a generator (task, seeds) -> [(h*, how)], one pair for each seed: h* in 1..H is the first thought to sample again, `how`
+names where it came from. It yields sampling requests like any program (rollout.py), so all problems of a step are localized together.
+
+  self      the policy itself is shown the problem and its own numbered thoughts, is told that the final answer is wrong (never the
+            right one), and names the first wrong step in `\\boxed{N}`: this is SRPO
+  random    h* uniform over 1..H: this is RRPO
+  verifier  the task's exact step checker: the upper bound, only for tasks that have one
+  oracle    a Monte-Carlo credit-assignment oracle: the value of every prefix from m continuations; the first thought that loses more
+            than tau of it. Reads only final rewards, and costs H x m continuations
+
+Departures from the released code: an answer that cannot be parsed, is out of range, or says "no error" is a named counter, and what
+happens then is `--localize_fallback` (random: that seed becomes RRPO; first: h* = 1; skip: the seed is dropped), never silently step 1.
+Left out: few-shot prompts and agreement of several localization samples.
+
+Try it alone:  python localize.py        # the embedded policy reviews some of its own failures; the truth is printed beside its answer
+"""
+
+import re
+
+from data.problems import DELIMITER, UserError, counters, last_boxed
+from rollout import TERSE, Request, Rollout, Task, encode_prompt
+
+INSTRUCTION = """The solution below was written for the problem below. Its thoughts are numbered. Its final answer is WRONG.
+
+Problem:
+{question}
+
+Solution:
+{thoughts}
+
+Find the first thought that contains the error from which the wrong answer originates: not a later thought in which an earlier error
+only becomes visible. Check the thoughts in order. End your reply with the number of that one thought in a box: \\boxed{{N}}, with N
+from 1 to {H}."""
+
+
+def localization_prompt(task: Task, seed: Rollout) -> list[int]:
+    """Token ids that ask the policy for the first wrong thought of `seed`.
+
+    Terse form: prompt + response + <locate>, on token ids as they were sampled. Otherwise the instruction above, through the chat
+    template where the tokenizer has one. The reference answer is in none of them."""
+    tokenizer = task.vocabulary.tokenizer
+    if TERSE in tokenizer.get_vocab():
+        return seed.prompt_ids + seed.token_ids + [tokenizer.convert_tokens_to_ids(TERSE)]
+    thoughts = [t.replace(DELIMITER, "").strip() or "(empty)" for t in seed.thoughts(tokenizer)]
+    numbered = "\n".join(f"[Thought {h}] {thought}" for h, thought in enumerate(thoughts, 1))
+    text = INSTRUCTION.format(question=task.problem.question, thoughts=numbered, H=len(thoughts))
+    return encode_prompt(tokenizer, text)
+
+
+def parse_localization(text: str, H: int) -> tuple[int | None, str]:
+    """(h*, "self") from the last `\\boxed{N}`, else from the last "step N" or "thought N"; (None, fault) with one of the faults
+    unparsable, out_of_range, no_error (the policy says 0, -1 or "none").
+
+    >>> parse_localization("1: fine. Step 3 drops the sign, so \\\\boxed{3}", H=5)
+    (3, 'self')
+    """
+    boxed = last_boxed(text)
+    said = re.fullmatch(r"(?:\\text\{)?\s*(?:(?:step|thought)\s*)?#?\s*([+-]?[0-9]{1,9})\s*\}?\s*\.?", boxed, re.I) if boxed is not None else None
+    if said is None and boxed is not None and re.search(r"\b(no|none|correct)\b", boxed, re.I):
+        return None, "no_error"
+    if said is None and boxed is None:
+        said = next(reversed(list(re.finditer(r"\b(?:step|thought)\s*#?\s*([0-9]{1,9})\b", text, re.I))), None)
+    if said is None:
+        return None, "unparsable"
+    n = int(said.group(1))
+    if n in (0, -1):
+        return None, "no_error"
+    return (n, "self") if 1 <= n <= H else (None, "out_of_range")
+
+
+# ---------------------------------------------------------------------------------------------------------------- localizers
+
+
+def by_self(task: Task, seeds: list[Rollout]):
+    """SRPO: one localization sample for each seed, at `localize_temperature`."""
+    cfg = task.cfg
+    prompts = [localization_prompt(task, seed) for seed in seeds]
+    fits = [len(p) < task.context for p in prompts]
+    requests = [
+        Request(
+            task.problem.index, "localization", p, 1, int(task.rng.integers(2**62)),
+            max_tokens=min(cfg.localize_tokens, task.context - len(p)), temperature=cfg.localize_temperature, top_p=1.0,
+        )  # fmt: skip
+        for p, fit in zip(prompts, fits)
+        if fit
+    ]
+    answers = iter((yield requests) if requests else ())
+    found = []
+    for seed, fit in zip(seeds, fits):
+        h, how = parse_localization(next(answers)[0].text, len(seed.thought_ends)) if fit else (None, "too_long")
+        if h is None:
+            counters[f"localize_{how}"] += 1
+            h = fallback(task, seed)
+        found.append((h, how))
+    return found
+
+
+def fallback(task: Task, seed: Rollout) -> int | None:
+    """h* where the policy gave none: `random` is uniform over 1..H, `first` is 1, `skip` is None (the seed is not used)."""
+    kind = task.cfg.localize_fallback
+    return {"random": int(task.rng.integers(len(seed.thought_ends))) + 1, "first": 1, "skip": None}[kind]
+
+
+def by_random(task: Task, seeds: list[Rollout]):
+    """RRPO: h* ~ Uniform{1..H}."""
+    return [(int(task.rng.integers(len(seed.thought_ends))) + 1, "random") for seed in seeds]
+    yield  # a generator like the others, that asks for nothing
+
+
+def by_verifier(task: Task, seeds: list[Rollout]):
+    """The exact first wrong thought, from the task's step checker. A seed without a wrong step (its answer was cut off) restarts at H."""
+    tokenizer = task.vocabulary.tokenizer
+    return [(task.problem.check_steps(seed.thoughts(tokenizer)) or len(seed.thought_ends), "verifier") for seed in seeds]
+    yield
+
+
+def by_oracle(task: Task, seeds: list[Rollout]):
+    """Credit-assignment oracle (CPI-CARO) by Monte Carlo: V(s_h) = mean reward of m continuations of thoughts 1..h, V(s_H) = the
+    seed's own reward; h* is the first h with V(s_h) - V(s_{h-1}) < -tau, else the h that loses most."""
+    cfg = task.cfg
+    requests = [task.request("oracle", cfg.oracle_samples, seed, h) for seed in seeds for h in range(1, len(seed.thought_ends) + 1)]
+    answers = iter((yield requests))
+    found = []
+    for seed in seeds:
+        values = [sum(r.reward for r in next(answers)) / cfg.oracle_samples for _ in seed.thought_ends] + [seed.reward]
+        gains = [after - before for before, after in zip(values, values[1:])]  # A(s_{h-1}, y_h), h = 1..H
+        below = [h for h, gain in enumerate(gains, 1) if gain < -cfg.oracle_tau]
+        counters["oracle_none_below_tau"] += not below
+        found.append((below[0] if below else 1 + gains.index(min(gains)), "oracle"))
+    return found
+
+
+LOCALIZERS = {"self": by_self, "random": by_random, "verifier": by_verifier, "oracle": by_oracle}
+
+
+def check_localizer(name: str, problems, source: str) -> None:
+    """Raises UserError where the localizer needs what the problems do not have."""
+    if name == "verifier" and any(p.check_steps is None for p in problems):
+        raise UserError(f"--localizer verifier needs a step checker, which {source} does not have; use --localizer self or oracle")

@@ -1,0 +1,458 @@
+"""Sampling: the record, the programs that say what to sample, the driver that batches them, and the engine that samples.
+
+SRPO steps 1, 2 and 4 ("Credit Assignment with Resets in Language Model Reasoning", arXiv 2605.25507): base group, seed, reset state,
+suffix group. The data flow of one training step:
+
+    problem -> program yields Requests -> `run_programs` puts the requests of ALL problems into one batch -> engine samples token ids,
+    a `ThoughtTracker` cuts them into thoughts -> graded `Rollout`s go back into the program -> its return value is what is trained on
+
+A method is a generator for ONE problem that reads like the paper's algorithm box (`grpo` and `resets` below); to add an idea, add one
+such function. State is token ids from end to end: text is decoded for graders, localizers and people, and never encoded again.
+
+Departures from the paper's released code: the base group stays i.i.d. (a seed is read from it, not taken out of it), reset groups
+are never topped up from another state, every generated token is kept and counted, and all randomness is a function of the seed.
+Left out: the vLLM engine (its place is `HFEngine`'s interface: `sample` and `sync`), and streaming between phases.
+
+Try it alone:  python rollout.py        # samples a base group from the embedded policy and prints the cut thoughts
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Generator
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from data.problems import DELIMITER, Problem, UserError, counters, last_boxed
+
+# -------------------------------------------------------------------------------------------------------------------- record
+
+
+@dataclass
+class Rollout:
+    """One sampled response. Everything later (advantages, masks, metrics, trees, the JSON on disk) is read from this record."""
+
+    problem: int  # Problem.index
+    purpose: str  # base | seed | suffix | localization | oracle: what its tokens were spent on
+    prompt_ids: list[int]
+    token_ids: list[int]  # the response, shared prefix included
+    logps: list[float]  # of token_ids under the sampler, at the sampling temperature, before any top_p truncation
+    thought_ends: list[int]  # thought h is token_ids[thought_ends[h-2]:thought_ends[h-1]] (h from 1); the last equals len(token_ids)
+    finish: str  # answer | eos | thoughts | length: why it ended
+    text: str = ""
+    prefix_len: int = 0  # tokens shared with the seed (0 for a base rollout); never sampled again, never trained on
+    reward: float | None = None  # in [0, 1]; None for localization answers
+    group: tuple[int, int] | None = None  # (slot in the step, group of that slot); rollouts of one group share one state
+    seed: "Rollout | None" = field(default=None, repr=False)  # suffixes: the incorrect rollout whose prefix they share
+    reset: int | None = None  # suffixes: h*, the 1-based index of the first thought that is sampled again
+    localized: str | None = None  # suffixes: how h* was found (see localize.py)
+    advantage: float = 0.0
+
+    @property
+    def generated(self) -> int:
+        """Tokens that were sampled for it: the response without the shared prefix."""
+        return len(self.token_ids) - self.prefix_len
+
+    def prefix(self, h: int) -> list[int]:
+        """Tokens of thoughts 1..h-1: the response part of the reset state s_{h-1}."""
+        return self.token_ids[: self.thought_ends[h - 2]] if h > 1 else []
+
+    def thoughts(self, tokenizer) -> list[str]:
+        """Texts of its H thoughts."""
+        starts = [0, *self.thought_ends[:-1]]
+        return [tokenizer.decode(self.token_ids[a:b]) for a, b in zip(starts, self.thought_ends)]
+
+
+@dataclass
+class Request:
+    """n i.i.d. continuations of prompt_ids + prefix_ids."""
+
+    problem: int
+    purpose: str
+    prompt_ids: list[int]
+    n: int
+    seed: int  # the continuations are a function of (policy, request), whatever else is in the batch
+    max_tokens: int  # generated tokens, at most
+    temperature: float
+    top_p: float
+    prefix_ids: list[int] = field(default_factory=list)
+    prefix_logps: list[float] = field(default_factory=list)
+    prefix_ends: list[int] = field(default_factory=list)  # thought ends inside prefix_ids
+    max_thoughts: int | None = None  # prefix included; None: no thoughts in it (a localization answer), it ends at eos or max_tokens
+    max_tokens_per_thought: int | None = None
+    grade: Callable[[str], float] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------- boundaries
+
+
+class ThoughtTracker:
+    """Follows a response token by token and says where thoughts end and when it is over. One logic for every engine.
+
+    A thought ends after the token that completes the delimiter in decoded text, also when the delimiter starts or ends inside a token,
+    or after `max_tokens_per_thought` tokens. The response ends ("answer") with the thought in which a `\\boxed{}` has been closed.
+
+    Example, tokens "a", "</thou", "ght>b", "c", <eos>:  thought_ends == [3, 5], finish == "eos".
+    """
+
+    WINDOW = len(DELIMITER) + 1  # a token holds at least one byte, so this many tokens hold a whole delimiter
+
+    def __init__(self, vocabulary: "Vocabulary", request: Request):
+        self.vocabulary, self.request = vocabulary, request
+        self.ids = list(request.prefix_ids)
+        self.thought_ends = list(request.prefix_ends)
+        self.finish: str | None = None
+        self.brace = False  # a token with "}" since the last boundary: the only thoughts that need to be read for a box
+
+    def push(self, token: int) -> None:
+        """Takes the next token; `finish` is set when the response is over with it."""
+        self.ids.append(token)
+        request, vocabulary = self.request, self.vocabulary
+        generated = len(self.ids) - len(request.prefix_ids)
+        thought = len(self.ids) - (self.thought_ends[-1] if self.thought_ends else 0)
+        if token in vocabulary.eos:
+            self.finish = "eos"
+        elif request.max_thoughts is not None:
+            self.brace |= token in vocabulary.braces
+            if (token in vocabulary.closers and self.completes_delimiter()) or thought >= request.max_tokens_per_thought:
+                self.thought_ends.append(len(self.ids))
+                if self.brace and last_boxed(vocabulary.decode(self.ids)) is not None:
+                    self.finish = "answer"
+                elif len(self.thought_ends) >= request.max_thoughts:
+                    self.finish = "thoughts"
+                self.brace = False
+        if self.finish is None and generated >= request.max_tokens:
+            self.finish = "length"
+        if self.finish and (not self.thought_ends or self.thought_ends[-1] < len(self.ids)):
+            self.thought_ends.append(len(self.ids))
+
+    def completes_delimiter(self) -> bool:
+        decode = self.vocabulary.decode
+        return decode(self.ids[-self.WINDOW :]).count(DELIMITER) > decode(self.ids[-self.WINDOW : -1]).count(DELIMITER)
+
+
+class Vocabulary:
+    """What boundaries need of a tokenizer: which tokens can complete a delimiter or a box, which end the response, and decoding."""
+
+    def __init__(self, tokenizer, eos: set[int] | None = None):
+        self.tokenizer = tokenizer
+        pieces = tokenizer.get_vocab().items()
+        self.closers = {i for piece, i in pieces if DELIMITER[-1] in piece or piece == "<0x3E>"}
+        self.braces = {i for piece, i in pieces if "}" in piece or piece == "<0x7D>"}
+        self.eos = set(eos or ()) | ({tokenizer.eos_token_id} - {None})
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------ programs
+
+
+@dataclass
+class Task:
+    """What a program sees of the world: one problem at one slot of one step. All randomness comes from `rng`."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    slot: int  # position in the step: the same problem twice in a step is two tasks
+    cfg: "Config"  # noqa: F821  (srpo.Config)
+    vocabulary: Vocabulary
+    localize: Callable | None  # (task, seeds) -> generator returning [(h* or None, how)], see localize.py
+    rng: np.random.Generator
+    context: int  # longest sequence the model takes, tokens
+
+    def request(self, purpose: str, n: int, seed: Rollout | None = None, h: int = 1) -> Request:
+        """n continuations of the state before thought h of `seed` (of the prompt, without one), under the run's sampling settings."""
+        cfg = self.cfg
+        prefix = seed.prefix(h) if seed else []
+        room = self.context - len(self.prompt_ids) - len(prefix)
+        return Request(
+            self.problem.index, purpose, self.prompt_ids, n, int(self.rng.integers(2**62)),
+            max_tokens=min(room, cfg.max_thoughts * cfg.max_tokens_per_thought - len(prefix)),
+            temperature=cfg.temperature, top_p=cfg.top_p,
+            prefix_ids=prefix, prefix_logps=seed.logps[: len(prefix)] if seed else [], prefix_ends=seed.thought_ends[: h - 1] if seed else [],
+            max_thoughts=cfg.max_thoughts, max_tokens_per_thought=cfg.max_tokens_per_thought, grade=self.problem.grade,
+        )  # fmt: skip
+
+
+TERSE = "<locate>"  # a policy with this token in its vocabulary was trained on bare questions, and reviews when it reads this token
+
+INSTRUCTION = f"""{{question}}
+
+Solve this step by step. Write {DELIMITER} at the end of each step of your reasoning. Put the final answer in \\boxed{{{{}}}}."""
+
+
+def encode_question(tokenizer, question: str) -> list[int]:
+    """Prompt token ids x0 of a question: bare for a terse policy, else with the thought-format instruction."""
+    if TERSE in tokenizer.get_vocab():
+        return tokenizer(question)["input_ids"]
+    return encode_prompt(tokenizer, INSTRUCTION.format(question=question))
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Token ids of a user message: through the chat template where the tokenizer has one, else the plain text."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer(text)["input_ids"]
+
+
+Program = Generator[list[Request], list[list[Rollout]], list[Rollout]]  # yields requests, is sent n rollouts for each, returns a buffer
+
+
+def failed(rollout: Rollout, task: Task) -> bool:
+    return rollout.reward < task.cfg.correct
+
+
+def grpo(task: Task) -> Program:
+    """GRPO: one i.i.d. group from the prompt."""
+    (base,) = yield [task.request("base", task.cfg.base)]
+    return in_group(task, 0, base)
+
+
+def resets(task: Task) -> Program:
+    """SRPO, and RRPO with the random localizer: a base group, then one suffix group from each reset state (paper steps 1-4).
+
+    Each prefix for which no seed is found gives its suffixes back to the base group: with none at all this is plain GRPO."""
+    cfg = task.cfg
+    base = (yield [task.request("base", cfg.base)])[0] if cfg.base else []
+    seeds = yield from find_seeds(task, base)
+    missing = (cfg.prefixes - len(seeds)) * cfg.suffixes
+    requests = [task.request("suffix", cfg.suffixes, seed, h) for seed, h, _ in seeds]
+    if missing:
+        counters["no_seed"] += cfg.prefixes - len(seeds)
+        requests.append(task.request("base", missing))
+    groups = yield requests
+    if missing:
+        base = base + groups.pop()
+    buffer = in_group(task, 0, base)
+    for k, ((seed, h, how), group) in enumerate(zip(seeds, groups), 1):
+        for rollout in group:
+            rollout.seed, rollout.reset, rollout.localized = seed, h, how
+        buffer += in_group(task, k, group)
+    return buffer
+
+
+SEED_ROUND = 4  # fresh draws asked for at once
+
+
+def find_seeds(task: Task, base: list[Rollout]) -> Generator:
+    """Paper steps 2 and 3: up to `prefixes` seeds with their reset index, [(seed, h*, how it was localized)].
+
+    Seeds are failed members of the base group (which stay in it, so it stays i.i.d.), or, with `--seed_source fresh` or when the base
+    group has too few failures, at most `max_seed_draws` fresh draws, which cost tokens and are trained on by nobody.
+    `--seed_choice first` (the paper) takes failures as they come; `deepest` localizes all it has and keeps the largest h*."""
+    cfg = task.cfg
+    seeds = [r for r in base if failed(r, task)] if cfg.seed_source == "base" else []
+    draws = 0
+    while len(seeds) < cfg.prefixes and draws < cfg.max_seed_draws:
+        n = min(SEED_ROUND, cfg.max_seed_draws - draws)
+        (fresh,) = yield [task.request("seed", n)]
+        seeds += [r for r in fresh if failed(r, task)]
+        draws += n
+    if cfg.seed_choice == "first":
+        seeds = seeds[: cfg.prefixes]
+    found = (yield from task.localize(task, seeds)) if seeds else []
+    located = [(seed, h, how) for seed, (h, how) in zip(seeds, found) if h is not None]
+    if cfg.seed_choice == "deepest":
+        located.sort(key=lambda item: -item[1])  # stable: ties keep the order of sampling
+    return located[: cfg.prefixes]
+
+
+def in_group(task: Task, k: int, rollouts: list[Rollout]) -> list[Rollout]:
+    for rollout in rollouts:
+        rollout.group = (task.slot, k)
+    return rollouts
+
+
+PROGRAMS = {"grpo": grpo, "rrpo": resets, "srpo": resets}
+
+# -------------------------------------------------------------------------------------------------------------------- driver
+
+
+def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], Counter]:
+    """Runs all programs together: what they wait for goes to the engine as one batch, until the last one has returned.
+
+    Returns ([each program's return value], [every rollout that was generated, for counting costs], seconds by purpose and for "grade";
+    the seconds of a batch are shared out by its generated tokens)."""
+    results, generated, seconds = [None] * len(programs), [], Counter()
+    inbox = dict.fromkeys(range(len(programs)))  # program -> what to send it
+    while inbox:
+        waiting: dict[int, list[Request]] = {}
+        for i, answer in inbox.items():
+            try:
+                waiting[i] = programs[i].send(answer)
+            except StopIteration as done:
+                results[i] = done.value
+        requests = [request for batch in waiting.values() for request in batch]
+        start = time.perf_counter()
+        answers = engine.sample(requests)
+        sampled = time.perf_counter()
+        tokens = Counter()
+        for request, rollouts in zip(requests, answers):
+            for rollout in rollouts:
+                rollout.reward = request.grade(rollout.text) if request.grade else None
+            generated += rollouts
+            tokens[request.purpose] += sum(r.generated for r in rollouts)
+        for purpose, n in tokens.items():
+            seconds[purpose] += (sampled - start) * n / tokens.total()
+        seconds["grade"] += time.perf_counter() - sampled
+        answer = iter(answers)
+        inbox = {i: [next(answer) for _ in batch] for i, batch in waiting.items()}
+    return results, generated, seconds
+
+
+# -------------------------------------------------------------------------------------------------------------------- engine
+
+
+class HFEngine:
+    """Samples with a transformers model in this process: KV cache, one prefill per state, finished rows leave the batch.
+
+    It holds the trainer's own model, so `sync` has nothing to copy. Randomness is counter-based: token t of row i of a request uses
+    uniform number t of the generator keyed (request.seed, i), so a response does not depend on what else is in the batch."""
+
+    name = "hf"
+
+    def __init__(self, model, tokenizer, max_rows: int = 512):
+        self.model, self.max_rows = model, max_rows
+        eos = model.generation_config.eos_token_id
+        self.vocabulary = Vocabulary(tokenizer, set(eos) if isinstance(eos, list) else {eos} - {None})
+        self.pad = tokenizer.pad_token_id
+
+    def sync(self, model) -> None:
+        """After an optimizer step: nothing to copy, nothing cached between calls."""
+        self.model = model
+
+    def sample(self, requests: list[Request]) -> list[list[Rollout]]:
+        """request.n rollouts for each request, ungraded. Requests of like length share a batch of at most `max_rows` rows."""
+        answers: list[list[Rollout]] = [[] for _ in requests]
+        rows = [(k, i) for k, request in enumerate(requests) for i in range(request.n)]
+        rows.sort(key=lambda row: (len(requests[row[0]].prompt_ids) + len(requests[row[0]].prefix_ids), row))
+        training = self.model.training
+        self.model.eval()
+        for at in range(0, len(rows), self.max_rows):
+            batch = rows[at : at + self.max_rows]
+            for (k, _), rollout in zip(batch, self._sample_batch(requests, batch)):
+                answers[k].append(rollout)
+        self.model.train(training)
+        return answers
+
+    @torch.inference_mode()
+    def _sample_batch(self, requests: list[Request], rows: list[tuple[int, int]]) -> list[Rollout]:
+        device = self.model.device
+        states = list(dict.fromkeys(k for k, _ in rows))  # each state is prefilled once, whatever its n
+        contexts = [requests[k].prompt_ids + requests[k].prefix_ids for k in states]
+        width = max(map(len, contexts))
+        ids = torch.tensor([[self.pad] * (width - len(c)) + c for c in contexts], device=device)  # [states, width], left-padded
+        mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache, logits = out.past_key_values, out.logits[:, -1]
+        expand = torch.tensor([states.index(k) for k, _ in rows], device=device)  # [rows] -> its state
+        cache.batch_select_indices(expand)
+        logits, mask, positions = logits[expand], mask[expand], positions[expand, -1]
+
+        request = [requests[k] for k, _ in rows]
+        temperature = torch.tensor([r.temperature for r in request], device=device)
+        top_p = torch.tensor([r.top_p for r in request], device=device)
+        trackers = [ThoughtTracker(self.vocabulary, r) for r in request]
+        uniforms = [np.random.default_rng([r.seed, i]).random(r.max_tokens) for r, (_, i) in zip(request, rows)]
+        logps: list[list[float]] = [[] for _ in rows]
+        live = list(range(len(rows)))  # live[j] is the row in place j of the batch
+        step = 0
+        while live:
+            u = torch.tensor([uniforms[i][step] for i in live], device=device, dtype=torch.float64)
+            tokens, picked = draw(logits.float(), temperature, top_p, u)
+            stay = []
+            for j, (i, token, logp) in enumerate(zip(live, tokens.tolist(), picked.tolist())):
+                logps[i].append(logp)
+                trackers[i].push(token)
+                if trackers[i].finish is None:
+                    stay.append(j)
+            step += 1
+            if len(stay) < len(live):
+                keep = torch.tensor(stay, device=device, dtype=torch.long)
+                live = [live[j] for j in stay]
+                if not live:
+                    break
+                cache.batch_select_indices(keep)
+                tokens, mask, positions, temperature, top_p = tokens[keep], mask[keep], positions[keep], temperature[keep], top_p[keep]
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+            positions = positions + 1
+            out = self.model(
+                input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
+            )
+            logits = out.logits[:, -1]
+        return [
+            Rollout(
+                r.problem, r.purpose, r.prompt_ids, tracker.ids, r.prefix_logps + logp, tracker.thought_ends, tracker.finish,
+                text=self.vocabulary.decode(tracker.ids), prefix_len=len(r.prefix_ids),
+            )  # fmt: skip
+            for r, tracker, logp in zip(request, trackers, logps)
+        ]
+
+
+def draw(logits, temperature, top_p, u):
+    """One token for each row by inverting the cumulative distribution at u.
+
+    logits [B, V] float; temperature, top_p, u [B] -> (tokens [B], their log-probs [B] at the temperature, before top_p).
+    temperature 0 takes the largest logit, and reports its log-prob at temperature 1."""
+    greedy = temperature == 0
+    logps = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
+    if (top_p < 1).any():
+        sorted_p, order = logps.exp().sort(-1, descending=True)
+        beyond = sorted_p.cumsum(-1) - sorted_p >= top_p[:, None]  # the smallest set that reaches top_p stays; its first token always
+        kept = logps.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+    else:
+        kept = logps
+    cdf = kept.double().exp().cumsum(-1)
+    tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    tokens = torch.where(greedy, logits.argmax(-1), tokens)
+    return tokens, logps.gather(1, tokens[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_policy(source: str | Path, device: str = "cpu"):
+    """(model in float32, tokenizer) from a folder in Hugging Face layout or a hub id. Raises UserError with what to mend."""
+    disable_progress_bar()  # of weight loading: a tiny model would print more bars than steps
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as fault:
+        raise UserError(f"--model {source}: cannot be loaded ({str(fault).strip().splitlines()[0]}); give a Hugging Face folder or hub id")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"--model {source}: its tokenizer has no pad token; set one in tokenizer_config.json (the eos token will do)")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"--model {source}: the tokenizer has more tokens ({len(tokenizer)}) than the model has embeddings; they do not belong together")
+    return model.to(device), tokenizer
+
+
+def make_engine(name: str, model, tokenizer, max_rows: int = 512):
+    """The engine called `name`: hf, vllm, or auto (says which it took and why)."""
+    if name == "vllm":
+        raise UserError("--engine vllm is not built yet; use --engine hf")
+    if name == "auto":
+        print("engine: hf (transformers; the vLLM engine is not built yet)")
+    return HFEngine(model, tokenizer, max_rows)
+
+
+if __name__ == "__main__":
+    from types import SimpleNamespace
+
+    from data.problems import generate_chains
+
+    model, tokenizer = load_policy(Path(__file__).resolve().parent / "data" / "policy")
+    cfg = SimpleNamespace(base=4, temperature=1.0, top_p=1.0, max_thoughts=20, max_tokens_per_thought=256)
+    engine = HFEngine(model, tokenizer)
+    (problem,) = generate_chains(steps=6, n=1, seed=0)
+    task = Task(problem, encode_question(tokenizer, problem.question), 0, cfg, engine.vocabulary, None, np.random.default_rng(0), 384)
+    (group,), _, seconds = run_programs([grpo(task)], engine)
+    print(problem.question, "->", problem.answer)
+    for rollout in group:
+        print(f"reward {rollout.reward:.0f}, {rollout.finish}:", " | ".join(rollout.thoughts(tokenizer)))

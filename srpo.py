@@ -1,0 +1,456 @@
+"""SRPO: reset-based RL post-training for language-model reasoning. This file is the algorithm box, read from top to bottom.
+
+"Credit Assignment with Resets in Language Model Reasoning" (arXiv 2605.25507). One step, for P prompts:
+
+    sample      a base group per prompt; a failure as seed; its first wrong thought h*, named by the policy; a suffix group from the
+                thoughts before h*                                             rollout.py, localize.py
+    grade       reward of the last \\boxed{}                                    data/problems.py
+    advantages  inside each group                                              loss.py
+    loss, step  masked group-relative REINFORCE, one AdamW step                loss.py
+    sync, log, evaluate, save
+
+    python srpo.py                                          # the embedded policy, minutes on 2 CPU cores
+    python srpo.py --method grpo --out_dir runs/grpo        # the baseline; rrpo resets at a random thought
+    python srpo.py --resume runs/grpo                       # goes on where a killed run was, bit for bit on a CPU
+    python srpo.py --model Qwen/Qwen2.5-0.5B-Instruct --train_data problems.jsonl --eval_data held_out.jsonl
+
+Departures from the paper's settings: sampling at T = 1 and top_p = 1 (other values bias the gradient; top_p < 1 warns), full fine-tuning.
+Left out, until the files that need them: several processes, the vLLM engine, LoRA.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from data.problems import UserError, counters, load_problems
+from eval import draw_curves, evaluate
+from localize import LOCALIZERS, check_localizer
+from loss import backward, grouped, set_advantages, token_weights
+from rollout import PROGRAMS, Rollout, Task, encode_question, load_policy, make_engine, run_programs
+
+HERE = Path(__file__).resolve().parent
+SPLITS = {"1x4": (4, 1, 4), "2x4": (0, 2, 4), "1x8": (0, 1, 8)}  # base, prefixes, suffixes: 8 trained rollouts per prompt each
+
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. `python srpo.py --help` prints these lines."""
+
+    method: Literal["srpo", "rrpo", "grpo"] = setting("srpo", "srpo: reset at the located error; rrpo: at a random thought; grpo: no resets")
+    split: Literal["1x4", "2x4", "1x8"] = setting("1x4", "prefixes x suffixes of 8 trained rollouts per prompt; the rest is the base group")
+    base: Optional[int] = setting(None, "size of the base group (default: from --split; 8 for grpo)")
+    prefixes: Optional[int] = setting(None, "reset states per prompt (default: from --split)")
+    suffixes: Optional[int] = setting(None, "continuations of each reset state (default: from --split)")
+    model: str = setting(str(HERE / "data" / "policy"), "folder or hub id of the policy (default: the embedded one)")
+    train_data: str = setting("chain-12", "JSON-lines file of problems, or chain-K for the generated task with K steps")
+    eval_data: str = setting("chain-12", "held-out problems, in the same forms")
+    steps: int = setting(100, "gradient steps")
+    prompts_per_step: int = setting(32, "problems per step")
+    lr: Optional[float] = setting(None, "learning rate (default: 3e-4 for the embedded policy, 1e-6 for others)")
+    weight_decay: float = setting(0.01, "AdamW weight decay")
+    grad_clip: float = setting(1.0, "largest norm of the gradient")
+    seed: int = setting(0, "the run is a function of it")
+    engine: Literal["auto", "hf", "vllm"] = setting("auto", "what samples: hf (transformers), vllm (not built yet), auto: the best there is")
+    localizer: Optional[Literal["self", "random", "verifier", "oracle"]] = setting(None, "who finds the first wrong thought (default: self; random for rrpo)")
+    localize_fallback: Literal["random", "first", "skip"] = setting("random", "reset index where the policy names none")
+    localize_temperature: float = setting(0.3, "sampling temperature of localization")
+    localize_tokens: int = setting(4096, "longest localization answer, tokens")
+    oracle_samples: int = setting(8, "continuations per prefix of --localizer oracle")
+    oracle_tau: float = setting(0.1, "--localizer oracle resets before the first thought that loses more value than this")
+    seed_source: Literal["base", "fresh"] = setting("base", "seeds are failures of the base group (which stay in it), or fresh draws")
+    seed_choice: Literal["first", "deepest"] = setting("first", "which failures become seeds: the first (paper), or those with the largest h*")
+    max_seed_draws: int = setting(8, "fresh draws per prompt in search of a failure, at most")
+    correct: float = setting(1.0, "rewards below this are failures")
+    mask_prefix: bool = setting(True, "train suffix rollouts on their suffix only (false: ablation)")
+    clip: float = setting(0.0, "epsilon of the clipped surrogate (0: plain REINFORCE)")
+    updates: int = setting(1, "gradient steps on each buffer (more than 1 is off-policy: use --clip)")
+    temperature: float = setting(1.0, "sampling temperature; log-probs are taken at it")
+    top_p: float = setting(1.0, "nucleus sampling; below 1 the gradient is biased")
+    max_thoughts: int = setting(20, "thoughts in a response, at most")
+    max_tokens_per_thought: int = setting(256, "tokens in a thought, at most")
+    micro_batch: int = setting(64, "rows per forward in training; does not change the gradient")
+    chunk: int = setting(4096, "tokens per call of the language-model head in training; does not change the gradient")
+    max_rows: int = setting(512, "rows per batch of the hf engine")
+    eval_every: int = setting(20, "steps between evaluations (0: only before and after)")
+    eval_problems: int = setting(256, "held-out problems that are used, at most")
+    eval_samples: int = setting(2, "responses per held-out problem")
+    save_every: int = setting(20, "steps between checkpoints; the last two are kept")
+    rollouts_every: int = setting(10, "steps between those whose rollouts are written to rollouts.jsonl (0: none)")
+    out_dir: Optional[str] = setting(None, "run directory (default: a new one under runs/)")
+    resume: Optional[str] = setting(None, "run directory to go on with; its settings are used")
+
+    def resolve(self) -> "Config":
+        """Fills in the defaults that depend on other settings. Raises UserError for settings that cannot work."""
+        split = (8, 0, 0) if self.method == "grpo" else SPLITS[self.split]
+        self.base, self.prefixes, self.suffixes = (
+            given if given is not None else usual for given, usual in zip((self.base, self.prefixes, self.suffixes), split)
+        )
+        self.localizer = self.localizer or ("random" if self.method == "rrpo" else "self")
+        if self.lr is None:
+            self.lr = 3e-4 if Path(self.model).resolve() == HERE / "data" / "policy" else 1e-6
+        positive = ("steps", "prompts_per_step", "max_thoughts", "max_tokens_per_thought", "micro_batch", "chunk", "max_rows", "updates",
+                    "eval_problems", "eval_samples", "save_every", "localize_tokens", "oracle_samples")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("base", "prefixes", "suffixes", "max_seed_draws", "eval_every", "rollouts_every", "seed", "clip", "localize_temperature"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
+        if self.base + self.prefixes * self.suffixes < 2:
+            raise UserError("a prompt needs at least 2 trained rollouts; raise --base, or --prefixes and --suffixes")
+        if self.method == "rrpo" and self.localizer != "random":
+            raise UserError(f"--method rrpo resets at random; use --method srpo with --localizer {self.localizer}")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature must be above 0, not {self.temperature}: greedy groups have no variance to learn from")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be in (0, 1], not {self.top_p}")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+
+
+def train(cfg: Config) -> dict:
+    """Runs cfg.steps steps and returns {"before": pass rate, "after": pass rate, "out_dir": path}."""
+    start_time = time.time()
+    train_problems = load_problems(cfg.train_data, seed=cfg.seed)
+    eval_problems = load_problems(cfg.eval_data, seed=10**6 + cfg.seed)[: cfg.eval_problems]  # generated: never the training problems
+    if cfg.localizer == "verifier":
+        check_localizer(cfg.localizer, train_problems, cfg.train_data)
+    if cfg.top_p < 1:
+        print(f"warning: --top_p {cfg.top_p} samples from a truncated policy, but the gradient is the whole policy's: it is biased")
+    out_dir, checkpoint = open_run(cfg)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(cfg.seed)
+    model, tokenizer = load_policy(checkpoint or cfg.model, device)
+    engine = make_engine(cfg.engine, model, tokenizer, cfg.max_rows)
+    context = model.config.max_position_embeddings
+    train_prompts = encode_all(tokenizer, train_problems, context, cfg.train_data)
+    eval_prompts = encode_all(tokenizer, eval_problems, context, cfg.eval_data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    first_step, total_tokens, before = 0, 0, None
+    if checkpoint:
+        state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"].cpu())
+        first_step, total_tokens, before = state["step"], state["total_tokens"], state["before"]
+
+    def task(problem, prompt_ids, step, slot):
+        rng = np.random.default_rng([cfg.seed, step, slot])  # keyed, so that nothing depends on order, batches or restarts
+        return Task(problem, prompt_ids, slot, cfg, engine.vocabulary, LOCALIZERS[cfg.localizer], rng, context)
+
+    def held_out():
+        tasks = [task(p, ids, 0, slot) for slot, (p, ids) in enumerate(zip(eval_problems, eval_prompts))]
+        return evaluate(tasks, engine, cfg.eval_samples)["pass_rate"]
+
+    stop = StopRequest()
+    print(f"{cfg.method} {cfg.base} base + {cfg.prefixes} x {cfg.suffixes} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
+          f"on {device} | {len(train_problems)} problems from {cfg.train_data} | {out_dir}")  # fmt: skip
+    if before is None:
+        before = held_out()
+        append(out_dir / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": before})
+        print(f"step 0: held-out pass rate {before:.3f}")
+    after, starved = before, 0
+    bar = tqdm(range(first_step, cfg.steps), initial=first_step, total=cfg.steps, desc=cfg.method, unit="step", dynamic_ncols=True)
+    for step in bar:
+        clock = Clock()
+        counters.clear()
+
+        # sample and grade: every prompt runs its program, all of them together
+        chosen = data_order(len(train_problems), cfg.prompts_per_step, step, cfg.seed)
+        tasks = [task(train_problems[i], train_prompts[i], step + 1, slot) for slot, i in enumerate(chosen)]
+        buffers, generated, seconds = run_programs([PROGRAMS[cfg.method](t) for t in tasks], engine)
+        rollouts = [rollout for buffer in buffers for rollout in buffer]
+        clock.seconds.update(seconds)
+        clock.restart()
+
+        # advantages, loss, one gradient step (each pass of --updates is one)
+        set_advantages(rollouts)
+        signal_there = any(r.advantage for r in rollouts)
+        for _ in range(cfg.updates if signal_there else 0):
+            optimizer.zero_grad(set_to_none=True)
+            sums = backward(model, rollouts, len(rollouts), tokenizer.pad_token_id, cfg, device)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip, error_if_nonfinite=True).item()
+            optimizer.step()
+        clock.lap("train")
+        engine.sync(model)
+        clock.lap("sync")
+
+        # log
+        total_tokens += sum(r.generated for r in generated)
+        line = {"step": step + 1, "total_tokens": total_tokens, **step_metrics(rollouts, generated, tasks)}
+        if signal_there:
+            n, in_prefix = sums["tokens"], sums["prefix_tokens"]
+            line |= {"trained_tokens": int(n), "loss": sums["loss"], "entropy": sums["entropy"] / n, "grad_norm": grad_norm,
+                     "gap": sums["gap"] / max(1, n - in_prefix), "gap_prefix": sums["gap_prefix"] / in_prefix if in_prefix else None,
+                     "gap_max": sums["gap_max"]}  # fmt: skip
+        else:
+            counters["no_update"] += 1
+            line |= {"trained_tokens": 0}
+        starved = 0 if signal_there else starved + 1
+        if starved and starved % 5 == 0:
+            bar.write(f"warning: no group had variance for {starved} steps: all rewards are alike. Use easier problems or a better policy.")
+        line |= {"counters": dict(counters), "seconds": {k: round(v, 4) for k, v in clock.seconds.items()}}
+        if cfg.rollouts_every and step % cfg.rollouts_every == 0:
+            write_rollouts(out_dir / "rollouts.jsonl", step + 1, rollouts, generated, tasks)
+
+        # evaluate and save
+        last = step + 1 == cfg.steps or stop.requested
+        if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+            line["eval_pass_rate"] = after = held_out()
+            bar.write(f"step {step + 1}: held-out pass rate {after:.3f}, {total_tokens / 1e6:.2f} M tokens generated")
+        append(out_dir / "metrics.jsonl", line)
+        if "eval_pass_rate" in line:
+            draw_curves([out_dir], out_dir / "curve.png")
+        if last or (step + 1) % cfg.save_every == 0:
+            save_checkpoint(out_dir, step + 1, model, tokenizer, optimizer, total_tokens, before)
+        bar.set_postfix_str(f"pass {line['pass_base'] if line['pass_base'] is not None else line['pass_suffix']:.2f}, {total_tokens / 1e6:.2f} M tokens")
+        if stop.requested:
+            bar.close()
+            print(f"stopped after step {step + 1}; go on with: python srpo.py --resume {out_dir}")
+            break
+    bar.close()
+    print(f"held-out pass rate {before:.3f} -> {after:.3f} in {total_tokens / 1e6:.2f} M generated tokens and {time.time() - start_time:.0f} s")
+    print(f"run directory: {out_dir}  (curve.png, metrics.jsonl, rollouts.jsonl, checkpoints/)")
+    return {"before": before, "after": after, "out_dir": str(out_dir)}
+
+
+def data_order(n_problems: int, per_step: int, step: int, seed: int) -> list[int]:
+    """Problem positions of one step. Each epoch is a permutation that is a function of (seed, epoch)."""
+    chosen = []
+    for position in range(step * per_step, (step + 1) * per_step):
+        epoch, place = divmod(position, n_problems)
+        chosen.append(int(np.random.default_rng([seed, epoch, 7]).permutation(n_problems)[place]))
+    return chosen
+
+
+def encode_all(tokenizer, problems, context: int, source: str) -> list[list[int]]:
+    """Prompt ids of every problem. Raises UserError where one leaves no room for a response."""
+    prompts = [encode_question(tokenizer, problem.question) for problem in problems]
+    for problem, ids in zip(problems, prompts):
+        if len(ids) >= context:
+            raise UserError(f"{source}: the prompt of problem {problem.index} has {len(ids)} tokens, the model's context is {context}; remove it")
+    return prompts
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self):
+        self.seconds = Counter()
+        self.restart()
+
+    def restart(self):
+        self.at = time.perf_counter()
+
+    def lap(self, phase: str):
+        self.seconds[phase] += time.perf_counter() - self.at
+        self.restart()
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the step in progress ends, is saved, and the run stops. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, self.request)
+
+    def request(self, *_):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------------- metrics
+
+
+def mean(values) -> float | None:
+    values = list(values)
+    return float(np.mean(values)) if values else None
+
+
+def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]) -> dict:
+    """The step line: everything that can be read from the records of one step. Rates are in [0, 1], None where there is nothing."""
+    base = [r for r in rollouts if r.group[1] == 0]
+    suffix = [r for r in rollouts if r.group[1] > 0]
+    groups = grouped(rollouts).items()
+    flat = lambda groups: mean(not any(r.advantage for r in members) for members in groups)  # noqa: E731
+    resets = [members[0] for (_, k), members in groups if k > 0]
+    exact = []  # measured where the task has a step checker; training never sees it
+    for r in resets:
+        task = tasks[r.group[0]]
+        if task.problem.check_steps:
+            exact.append(task.problem.check_steps(r.seed.thoughts(task.vocabulary.tokenizer)) == r.reset)
+    tokens = Counter()
+    for r in generated:
+        tokens[r.purpose] += r.generated
+    return {
+        "pass_base": mean(r.reward for r in base),
+        "pass_suffix": mean(r.reward for r in suffix),
+        "zero_variance_base": flat(members for (_, k), members in groups if k == 0),
+        "zero_variance_suffix": flat(members for (_, k), members in groups if k > 0),
+        "reset_depth": mean(r.reset / len(r.seed.thought_ends) for r in resets),  # h* / H
+        "localized": dict(Counter(r.localized for r in resets)),
+        "localized_exact": mean(exact),
+        "tokens": {purpose: tokens[purpose] for purpose in ("base", "seed", "localization", "suffix", "oracle")},
+        "verifier_calls": sum(r.reward is not None for r in generated),
+        "masked_share": sum(r.prefix_len for r in rollouts) / sum(len(r.token_ids) for r in rollouts),
+        "response_tokens": mean(len(r.token_ids) for r in rollouts),
+        "finish": dict(Counter(r.finish for r in rollouts)),
+    }
+
+
+def append(path: Path, record: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def write_rollouts(path: Path, step: int, rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]) -> None:
+    """Every generated rollout of a step, one JSON line each; a suffix names its seed by `id`. Trained ones have a group."""
+    ids = {id(r): i for i, r in enumerate(generated)}
+    tokenizer = tasks[0].vocabulary.tokenizer
+    questions = {t.problem.index: (t.problem.question, t.problem.answer) for t in tasks}
+    with path.open("a", encoding="utf-8") as file:
+        for i, r in enumerate(generated):
+            question, answer = questions[r.problem]
+            record = {"step": step, "id": i, "problem": r.problem, "question": question, "answer": answer, "purpose": r.purpose,
+                      "group": r.group, "reward": r.reward, "advantage": r.advantage, "finish": r.finish,
+                      "thoughts": r.thoughts(tokenizer), "thought_ends": r.thought_ends, "prefix_len": r.prefix_len,
+                      "seed": ids[id(r.seed)] if r.seed else None, "reset": r.reset, "localized": r.localized}  # fmt: skip
+            file.write(json.dumps(record) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ run directory, checkpoints
+
+
+def open_run(cfg: Config) -> tuple[Path, Path | None]:
+    """(run directory, checkpoint to resume from or None). A new directory gets config.json; an old run is never overwritten."""
+    if cfg.resume:
+        out_dir = Path(cfg.resume)
+        checkpoint = newest_checkpoint(out_dir)
+        step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+        for name in ("metrics.jsonl", "rollouts.jsonl"):  # steps after the checkpoint are done again
+            truncate(out_dir / name, step if checkpoint else -1)
+        return out_dir, checkpoint
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    out_dir = Path(cfg.out_dir or HERE / "runs" / f"{cfg.method}-{cfg.base}-{cfg.prefixes}x{cfg.suffixes}-seed{cfg.seed}-{stamp}")
+    if (out_dir / "config.json").exists():
+        raise UserError(f"{out_dir} already holds a run; go on with --resume {out_dir}, or choose another --out_dir")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        (out_dir / "config.json").write_text(json.dumps(asdict(cfg) | {"git_commit": git, "torch": torch.__version__}, indent=1))
+    except OSError as fault:
+        raise UserError(f"cannot write to {out_dir} ({fault.strerror}); choose another --out_dir")
+    return out_dir, None
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that a kill cut in two."""
+    if path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def save_checkpoint(out_dir: Path, step: int, model, tokenizer, optimizer, total_tokens: int, before: float) -> None:
+    """checkpoints/step_N: a Hugging Face folder, trainer.pt, and manifest.json with the SHA-256 of every file.
+
+    Written beside its place and then renamed, so a kill leaves the last whole checkpoint. The last two are kept."""
+    folder = out_dir / "checkpoints"
+    temporary = folder / f"tmp-step_{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    state = {"step": step, "total_tokens": total_tokens, "before": before, "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
+    torch.save(state, temporary / "trainer.pt")
+    manifest = {file.name: digest(file) for file in sorted(temporary.iterdir())}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    place = folder / f"step_{step}"
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(temporary, place)
+    for old in sorted(folder.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))[:-2]:
+        shutil.rmtree(old)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def newest_checkpoint(out_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, None if it has none yet. Raises UserError if a file of it is missing or changed."""
+    found = sorted((out_dir / "checkpoints").glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+    if not found:
+        return None
+    checkpoint = found[-1]
+    advice = f"remove {checkpoint} to go on from the one before"
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        damaged = [name for name, sha in manifest.items() if digest(checkpoint / name) != sha]
+    except (OSError, json.JSONDecodeError) as fault:
+        raise UserError(f"{checkpoint} is damaged ({fault}); {advice}")
+    if damaged or "trainer.pt" not in manifest:
+        raise UserError(f"{checkpoint} is damaged ({', '.join(damaged) or 'no trainer.pt'} is not what was saved); {advice}")
+    return checkpoint
+
+
+# -------------------------------------------------------------------------------------------------------------- command line
+
+MAY_CHANGE = {"steps", "out_dir", "resume", "eval_every", "save_every", "rollouts_every"}  # on --resume: these do not change what is computed
+
+
+def parse(argv: list[str]) -> Config:
+    """Config from the command line; with --resume from the run's config.json, where other flags must agree with it."""
+    parser = HfArgumentParser(Config, description="SRPO, RRPO and GRPO on one page. See README.md.")
+    (cfg,) = parser.parse_args_into_dataclasses(argv)
+    if not cfg.resume:
+        return cfg.resolve()
+    path = Path(cfg.resume) / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+        resumed = Config(**{f.name: saved[f.name] for f in fields(Config)})
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as fault:
+        raise UserError(f"--resume {cfg.resume}: no run of this program is there ({type(fault).__name__}: {fault})")
+    given = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
+    cfg.method = cfg.method if "method" in given else resumed.method
+    for name in sorted(given):
+        if name in MAY_CHANGE:
+            setattr(resumed, name, getattr(cfg, name))
+        elif getattr(cfg, name) != getattr(resumed, name):
+            raise UserError(f"--resume {cfg.resume}: that run has {name} = {getattr(resumed, name)}, not {getattr(cfg, name)}; leave --{name} out")
+    return resumed.resolve()
+
+
+if __name__ == "__main__":
+    try:
+        train(parse(sys.argv[1:]))
+    except UserError as fault:
+        print(f"srpo.py: {fault}", file=sys.stderr)
+        sys.exit(2)
