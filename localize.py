@@ -139,3 +139,19 @@ def check_localizer(name: str, problems, source: str) -> None:
     """Raises UserError where the localizer needs what the problems do not have."""
     if name == "verifier" and any(p.check_steps is None for p in problems):
         raise UserError(f"--localizer verifier needs a step checker, which {source} does not have; use --localizer self or oracle")
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    from data.problems import generate_chains
+    from eval import evaluate, make_tasks
+    from rollout import HFEngine, load_policy, run_programs
+
+    model, tokenizer = load_policy(Path(__file__).resolve().parent / "data" / "policy")
+    engine = HFEngine(model, tokenizer)
+    tasks = make_tasks(generate_chains(steps=8, n=12, seed=1), tokenizer, engine, model.config.max_position_embeddings)
+    failures = [(task, group[0]) for task, group in zip(tasks, evaluate(tasks, engine, 1)["groups"]) if group[0].reward == 0]
+    found, answers, _ = run_programs([by_self(task, [seed]) for task, seed in failures], engine)
+    for (task, seed), ((h, how),), answer in zip(failures, found, answers):
+        print(f"truth {task.problem.check_steps(seed.thoughts(tokenizer))}, policy {h} ({how}): {answer.text}")

@@ -137,7 +137,7 @@ def train(cfg: Config) -> dict:
         check_localizer(cfg.localizer, train_problems, cfg.train_data)
     if cfg.top_p < 1:
         print(f"warning: --top_p {cfg.top_p} samples from a truncated policy, but the gradient is the whole policy's: it is biased")
-    out_dir, checkpoint = open_run(cfg)
+    out_dir, checkpoint = find_run(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_policy(checkpoint or cfg.model, device)
@@ -161,6 +161,7 @@ def train(cfg: Config) -> dict:
         tasks = [task(p, ids, 0, slot) for slot, (p, ids) in enumerate(zip(eval_problems, eval_prompts))]
         return evaluate(tasks, engine, cfg.eval_samples)["pass_rate"]
 
+    open_run(cfg, out_dir, checkpoint)  # everything is checked: from here on files are written
     stop = StopRequest()
     print(f"{cfg.method} {cfg.base} base + {cfg.prefixes} x {cfg.suffixes} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
           f"on {device} | {len(train_problems)} problems from {cfg.train_data} | {out_dir}")  # fmt: skip
@@ -343,26 +344,34 @@ def write_rollouts(path: Path, step: int, rollouts: list[Rollout], generated: li
 # ------------------------------------------------------------------------------------------------ run directory, checkpoints
 
 
-def open_run(cfg: Config) -> tuple[Path, Path | None]:
-    """(run directory, checkpoint to resume from or None). A new directory gets config.json; an old run is never overwritten."""
+def find_run(cfg: Config) -> tuple[Path, Path | None]:
+    """(run directory, checkpoint to resume from or None). Changes nothing; raises UserError if the directory cannot be used."""
     if cfg.resume:
-        out_dir = Path(cfg.resume)
-        checkpoint = newest_checkpoint(out_dir)
-        step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
-        for name in ("metrics.jsonl", "rollouts.jsonl"):  # steps after the checkpoint are done again
-            truncate(out_dir / name, step if checkpoint else -1)
-        return out_dir, checkpoint
+        return Path(cfg.resume), newest_checkpoint(Path(cfg.resume))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out_dir = Path(cfg.out_dir or HERE / "runs" / f"{cfg.method}-{cfg.base}-{cfg.prefixes}x{cfg.suffixes}-seed{cfg.seed}-{stamp}")
     if (out_dir / "config.json").exists():
         raise UserError(f"{out_dir} already holds a run; go on with --resume {out_dir}, or choose another --out_dir")
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-        (out_dir / "config.json").write_text(json.dumps(asdict(cfg) | {"git_commit": git, "torch": torch.__version__}, indent=1))
+        if not out_dir.exists():  # can it be made? better known now than after loading a model
+            out_dir.mkdir(parents=True)
+            out_dir.rmdir()
     except OSError as fault:
         raise UserError(f"cannot write to {out_dir} ({fault.strerror}); choose another --out_dir")
     return out_dir, None
+
+
+def open_run(cfg: Config, out_dir: Path, checkpoint: Path | None) -> None:
+    """Writes config.json, or, of a run that is resumed, drops what was logged after the checkpoint: those steps are done again."""
+    if cfg.resume:
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            truncate(out_dir / name, int(checkpoint.name.removeprefix("step_")) if checkpoint else -1)
+        for rest in (out_dir / "checkpoints").glob("tmp-*"):
+            shutil.rmtree(rest)
+        return
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "config.json").write_text(json.dumps(asdict(cfg) | {"git_commit": git, "torch": torch.__version__}, indent=1))
 
 
 def truncate(path: Path, step: int) -> None:
@@ -423,23 +432,23 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
 
 # -------------------------------------------------------------------------------------------------------------- command line
 
-MAY_CHANGE = {"steps", "out_dir", "resume", "eval_every", "save_every", "rollouts_every"}  # on --resume: these do not change what is computed
+MAY_CHANGE = {"steps", "resume", "eval_every", "save_every", "rollouts_every"}  # on --resume: these do not change what is computed
 
 
 def parse(argv: list[str]) -> Config:
     """Config from the command line; with --resume from the run's config.json, where other flags must agree with it."""
-    parser = HfArgumentParser(Config, description="SRPO, RRPO and GRPO on one page. See README.md.")
-    (cfg,) = parser.parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(Config, description="SRPO, RRPO and GRPO on one page. See README.md.", allow_abbrev=False)
+    cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown setting {unknown[0]}; see python srpo.py --help")
     if not cfg.resume:
         return cfg.resolve()
-    path = Path(cfg.resume) / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads((Path(cfg.resume) / "config.json").read_text())
         resumed = Config(**{f.name: saved[f.name] for f in fields(Config)})
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as fault:
         raise UserError(f"--resume {cfg.resume}: no run of this program is there ({type(fault).__name__}: {fault})")
-    given = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
-    cfg.method = cfg.method if "method" in given else resumed.method
+    given = {arg.split("=")[0].removeprefix("--").removeprefix("no_") for arg in argv if arg.startswith("--")}
     for name in sorted(given):
         if name in MAY_CHANGE:
             setattr(resumed, name, getattr(cfg, name))
@@ -448,9 +457,14 @@ def parse(argv: list[str]) -> Config:
     return resumed.resolve()
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    """Trains; a UserError becomes one line on stderr and exit code 2."""
     try:
-        train(parse(sys.argv[1:]))
+        train(parse(argv))
     except UserError as fault:
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -92,6 +92,27 @@ class Student:
             parts, masks, kinds = parts + [text[:, :length]], masks + [mask[:, :length]], kinds + [kind[:, :length]]
         return [torch.from_numpy(np.concatenate(x, 1)) for x in (parts, masks, kinds)]
 
+    def drills(self, B: int):
+        """B single judgements, `<locate> start 41 . 5: +7 = 48 ok`, half of them wrong -> ids [B, 9], loss mask, kind as in `batch`."""
+        op, value = self.rng.integers(len(OPERATIONS), size=B), self.rng.integers(MODULUS, size=B)
+        right = self.rng.random(B) < 0.5
+        said = np.where(right, self.truth[op, value], self.wrong[op, value])
+        words = np.array([[self.id[w] for w in ("<locate>", "start", "0", ".", "1:", "+2", "=", "0", "ok")]] * B)
+        words[:, 2], words[:, 7], words[:, 5] = self.numbers[value], self.numbers[said], self.operations[op]
+        words[:, 4] = self.labels[self.rng.integers(STEPS, size=B)]
+        words[~right, 8] = self.id["wrong"]
+        last = np.zeros(words.shape, int)
+        last[:, 8] = 2
+        return [torch.from_numpy(x) for x in (words, last > 0, last)]
+
+
+def token_losses(model, ids, mask, kind):
+    """Cross-entropy of each masked token, whether it is the likeliest, its kind and itself, each [M]."""
+    chosen = mask[:, 1:]
+    target = ids[:, 1:][chosen]
+    logits = model.lm_head(model.model(ids[:, :-1]).last_hidden_state[chosen])
+    return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target, kind[:, 1:][chosen], target
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -99,6 +120,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the misconceptions, the corpus and the initial weights")
     parser.add_argument("--updates", type=int, default=6000, help="optimizer steps; reviews begin after a quarter of them")
     parser.add_argument("--chains", type=int, default=24, help="chains of 12 steps in a batch (shorter ones: more of them)")
+    parser.add_argument("--drills", type=int, default=192, help="single judgements in a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--layers", type=int, default=3, help="transformer layers")
     parser.add_argument("--width", type=int, default=96, help="hidden size; heads have size 32")
@@ -118,21 +140,20 @@ def main():
         progress = update / args.updates
         for group in optimizer.param_groups:  # warm up over 100 updates, hold, then fall to zero over the last 40%
             group["lr"] = args.lr * min(1, (update + 1) / 100) * min(1, (1 - progress) / 0.4)
-        K = int(student.rng.integers(2, 6 if progress < 0.06 else STEPS + 1))  # short chains first
-        K = STEPS if progress > 0.06 and update % 2 else K
-        ids, mask, kind = student.batch(args.chains * STEPS // K, K, review=progress > 0.25)
-        target = ids[:, 1:][mask[:, 1:]]
-        logits = model.lm_head(model.model(ids[:, :-1]).last_hidden_state[mask[:, 1:]])
-        losses = F.cross_entropy(logits, target, reduction="none")
+        K = int(student.rng.integers(2, 6 if progress < 0.08 else STEPS + 1))  # short chains first
+        K = STEPS if progress > 0.08 and update % 2 else K
+        losses, right, kind, target = token_losses(model, *student.batch(args.chains * STEPS // K, K, review=progress > 0.25))
+        drill_losses, drill_right, _, _ = token_losses(model, *student.drills(args.drills))
         optimizer.zero_grad()
-        losses.mean().backward()
+        (losses.mean() + 0.3 * drill_losses.mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if update % 100 == 99:
-            kind = kind[:, 1:][mask[:, 1:]]
-            right = logits.argmax(-1) == target
-            judged = f" judgements right {right[kind == 2].float().mean():.3f}, 'wrong' {right[(kind == 2) & (target == student.id['wrong'])].float().mean():.3f}" if (kind == 2).any() else ""
-            bar.write(f"{update + 1}: K {K} value loss {losses[kind == 1].mean():.3f} (floor {VALUE_LOSS_FLOOR}), other {losses[kind == 0].mean():.4f}{judged}")
+            shares = {"drills": drill_right, "judgements": right[kind == 2], "'wrong'": right[(kind == 2) & (target == student.id["wrong"])], "boxed": right[kind == 3]}
+            bar.write(
+                f"{update + 1}: K {K} value loss {losses[kind == 1].mean():.3f} (floor {VALUE_LOSS_FLOOR}), other {losses[kind == 0].mean():.4f}; right: "
+                + ", ".join(f"{name} {share.float().mean():.3f}" for name, share in shares.items() if len(share))
+            )
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out}; measure it with: python eval.py card --model {args.out}")

@@ -101,14 +101,17 @@ MATH_SECONDS = 5.0  # wall-clock limit of one math-verify comparison
 
 
 def _math_equal(boxed: str, answer: str) -> float:
-    """Runs in the worker process. parse() returns [] for what it cannot read; both limits are off: the caller kills us."""
+    """Runs in the worker process: 1.0, 0.0, or -1.0 where parse() found only text in a wrong answer. Limits are off: the caller kills us."""
+    import logging
+
     from math_verify import parse, verify
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every call that its own limits are off
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
     got = parse(f"\\boxed{{{boxed}}}", parsing_timeout=None)
-    if not got or not gold:
-        return -1.0
-    return float(verify(gold, got, timeout_seconds=None))
+    if verify(gold, got, timeout_seconds=None):
+        return 1.0
+    return 0.0 if any(not isinstance(found, str) for found in got) else -1.0
 
 
 @cache
