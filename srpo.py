@@ -236,11 +236,9 @@ def train(cfg: Config) -> dict:
 
 def data_order(n_problems: int, per_step: int, step: int, seed: int) -> list[int]:
     """Problem positions of one step. Each epoch is a permutation that is a function of (seed, epoch)."""
-    chosen = []
-    for position in range(step * per_step, (step + 1) * per_step):
-        epoch, place = divmod(position, n_problems)
-        chosen.append(int(np.random.default_rng([seed, epoch, 7]).permutation(n_problems)[place]))
-    return chosen
+    places = [divmod(position, n_problems) for position in range(step * per_step, (step + 1) * per_step)]
+    orders = {epoch: np.random.default_rng([seed, epoch, 7]).permutation(n_problems) for epoch, _ in places}
+    return [int(orders[epoch][place]) for epoch, place in places]
 
 
 def encode_all(tokenizer, problems, context: int, source: str) -> list[list[int]]:
@@ -369,7 +367,8 @@ def open_run(cfg: Config, out_dir: Path, checkpoint: Path | None) -> None:
         for rest in (out_dir / "checkpoints").glob("tmp-*"):
             shutil.rmtree(rest)
         return
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "config.json").write_text(json.dumps(asdict(cfg) | {"git_commit": git, "torch": torch.__version__}, indent=1))
 
