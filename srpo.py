@@ -39,7 +39,7 @@ from transformers import HfArgumentParser
 from data.problems import UserError, counters, load_problems
 from eval import draw_curves, evaluate
 from localize import LOCALIZERS, check_localizer
-from loss import backward, grouped, set_advantages, token_weights
+from loss import backward, grouped, set_advantages
 from rollout import PROGRAMS, Rollout, Task, encode_question, load_policy, make_engine, run_programs
 
 HERE = Path(__file__).resolve().parent
@@ -325,7 +325,8 @@ def append(path: Path, record: dict) -> None:
 
 
 def write_rollouts(path: Path, step: int, rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]) -> None:
-    """Every generated rollout of a step, one JSON line each; a suffix names its seed by `id`. Trained ones have a group."""
+    """Every generated rollout of a step, one JSON line each; a suffix names its seed by `id`, a seed the localization
+    answer it got. Trained ones have a group."""
     ids = {id(r): i for i, r in enumerate(generated)}
     tokenizer = tasks[0].vocabulary.tokenizer
     questions = {t.problem.index: (t.problem.question, t.problem.answer) for t in tasks}
@@ -335,7 +336,8 @@ def write_rollouts(path: Path, step: int, rollouts: list[Rollout], generated: li
             record = {"step": step, "id": i, "problem": r.problem, "question": question, "answer": answer, "purpose": r.purpose,
                       "group": r.group, "reward": r.reward, "advantage": r.advantage, "finish": r.finish,
                       "thoughts": r.thoughts(tokenizer), "thought_ends": r.thought_ends, "prefix_len": r.prefix_len,
-                      "seed": ids[id(r.seed)] if r.seed else None, "reset": r.reset, "localized": r.localized}  # fmt: skip
+                      "seed": ids[id(r.seed)] if r.seed else None, "reset": r.reset, "localized": r.localized,
+                      "answer": ids[id(r.answer)] if r.answer else None}  # fmt: skip
             file.write(json.dumps(record) + "\n")
 
 

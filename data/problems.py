@@ -66,20 +66,20 @@ def boxed_spans(text: str) -> list[tuple[int, int]]:
     >>> [text[a:b] for a, b in boxed_spans(text)]
     ['\\\\frac{1}{2}']
     """
-    spans, at = [], 0
-    while (found := text.find("\\boxed{", at)) >= 0:
-        start = found + len("\\boxed{")
-        depth, end = 1, None
-        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start):  # `\{` and `\}` are printed braces, not groups
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                end = brace.start()
-                break
-        if end is None:  # never closed: a later box may still be
-            at = start
-            continue
-        spans.append((start, end))
-        at = end
+    closed, opened = [], []  # opened: start of each open brace's content, None for one that is no box
+    for found in re.finditer(r"\\boxed\{|\\[{}]|[{}]", text):  # `\{` and `\}` are printed braces, not groups; one pass, whatever the text
+        if found.group() == "}" and opened:
+            start = opened.pop()
+            if start is not None:
+                closed.append((start, found.start()))
+        elif found.group() == "{":
+            opened.append(None)
+        elif found.group() == "\\boxed{":
+            opened.append(found.end())
+    spans: list[tuple[int, int]] = []
+    for span in sorted(closed):
+        if not spans or span[0] > spans[-1][1]:  # not inside the one before
+            spans.append(span)
     return spans
 
 

@@ -103,7 +103,7 @@ class Enumerable:
 
     def value(self, prefix=()):
         """Pass rate from a state, with gradient: sum of the probabilities of the right continuations."""
-        total = 0.0
+        total = torch.zeros(())
         for response in self.responses:
             if response[: len(prefix)] == tuple(prefix) and response in self.correct:
                 total = total + self.logps(response)[len(prefix) :].sum().exp()

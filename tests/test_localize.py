@@ -150,7 +150,7 @@ def test_oracle_equals_enumeration():
     for response in toy.responses:
         if response in toy.correct:
             continue
-        values = [float(toy.value(response[:h])) for h in range(3)] + [0.0]
+        values = [toy.value(response[:h]).item() for h in range(3)] + [0.0]
         gains = [b - a for a, b in zip(values, values[1:])]
         tau = 0.08
         if any(abs(gain + tau) < 0.04 for gain in gains) or min(gains) > -tau:

@@ -113,7 +113,7 @@ def test_seeds_from_the_base_group_leave_its_gradient_unbiased(localize):
     scalar, states, prefix_weight = expected_loss(toy, lambda: resets(toy.task(localize, base=2, prefixes=1, suffixes=2, max_seed_draws=0)))
     assert prefix_weight == 0.0
     J = toy.value()
-    j = float(J)
+    j = J.item()
     suffix = {key: p for key, p in states.items() if key[1]}
     # the first two rollouts as if in a group of two (zero where both are right), then the cases in which both are
     base = 0.5 * 0.5 / toy.H * J
