@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from transformers import StoppingCriteriaList
 
 from data.problems import DELIMITER, UserError, counters, generate_chains, load_problems
 from localize import by_self
@@ -272,7 +273,7 @@ def command_card(args) -> None:
 
 
 def command_throughput(args) -> None:
-    """Generated tokens per second of HFEngine and of transformers' generate on the same prompts, interleaved, with the same stops."""
+    """Generated tokens per second of HFEngine and of transformers' generate: same prompts, same stops (of the embedded policy), in turns."""
     model, tokenizer, engine, context = load(args)
     problems = load_problems(args.data, seed=1)[: args.problems]
     tasks = make_tasks(problems, tokenizer, engine, context)
@@ -281,6 +282,8 @@ def command_throughput(args) -> None:
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = (ids != tokenizer.pad_token_id).long()
     model.eval()
+    end = torch.tensor([tokenizer.convert_tokens_to_ids(word) for word in ("}", DELIMITER)], device=model.device)
+    stop = StoppingCriteriaList([lambda ids, scores: (ids[:, -2:] == end).all(1)])
     speeds = {"engine": [], "generate": []}
     for repeat in range(args.repeats + 1):
         requests = [t.request("base", args.samples) for t in tasks]
@@ -289,8 +292,7 @@ def command_throughput(args) -> None:
         ours = sum(r.generated for r in rollouts) / (time.perf_counter() - start)
         longest = max(r.generated for r in rollouts)
         start = time.perf_counter()
-        out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest,
-                             stop_strings=["} " + DELIMITER], tokenizer=tokenizer)  # fmt: skip
+        out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest, stopping_criteria=stop)  # fmt: skip
         theirs = int((out[:, width:] != tokenizer.pad_token_id).sum()) / (time.perf_counter() - start)
         if repeat:  # the first is a warm-up
             speeds["engine"].append(ours)
