@@ -163,7 +163,8 @@ def first_reach(lines: list[dict], target: float, key: str) -> float:
 
 def command_curves(args) -> None:
     draw_curves(args.runs, args.out)
-    print("| method | seeds | steps | M tokens | final pass rate | steps to 0.5 | M tokens to 0.5 |\n|---|---|---|---|---|---|---|")
+    print("| method | seeds | steps | M tokens | final pass rate | steps to 0.5 | M tokens to 0.5 | exact h*, first and last 10 steps |")
+    print("|---|---|---|---|---|---|---|---|")
 
     def spread(values, form):
         values = np.array(values, float)
@@ -173,11 +174,15 @@ def command_curves(args) -> None:
         missing = f" ({len(values) - len(reached)} not)" if len(reached) < len(values) else ""
         return f"{reached.mean():{form}} ± {reached.std(ddof=1) if len(reached) > 1 else 0:{form}}{missing}"
 
+    def exactness(members):  # share of reset indices that were the true first error, where the task knows it
+        ends = [[x["localized_exact"] for _, lines in members for x in part(lines) if x.get("localized_exact") is not None] for part in (lambda x: x[1:11], lambda x: x[-10:])]
+        return ", ".join(f"{np.mean(end):.2f}" for end in ends) if all(ends) else "-"
+
     for name, members in by_name(args.runs).items():
         finals = [[x for x in lines if "eval_pass_rate" in x][-1] for _, lines in members]
         print(f"| {name} | {len(members)} | {np.mean([f['step'] for f in finals]):.0f} | {spread([f['total_tokens'] / 1e6 for f in finals], '.2f')} "
               f"| {spread([f['eval_pass_rate'] for f in finals], '.3f')} | {spread([first_reach(x, 0.5, 'step') for _, x in members], '.0f')} "
-              f"| {spread([first_reach(x, 0.5, 'total_tokens') / 1e6 for _, x in members], '.2f')} |")  # fmt: skip
+              f"| {spread([first_reach(x, 0.5, 'total_tokens') / 1e6 for _, x in members], '.2f')} | {exactness(members)} |")  # fmt: skip
     print(f"mean ± standard deviation over seeds; drawn in {args.out} (band: range over seeds)")
 
 

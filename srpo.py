@@ -62,9 +62,9 @@ class Config:
     model: str = setting(str(HERE / "data" / "policy"), "folder or hub id of the policy (default: the embedded one)")
     train_data: str = setting("chain-12", "JSON-lines file of problems, or chain-K for the generated task with K steps")
     eval_data: str = setting("chain-12", "held-out problems, in the same forms")
-    steps: int = setting(100, "gradient steps")
+    steps: int = setting(80, "gradient steps")
     prompts_per_step: int = setting(32, "problems per step")
-    lr: Optional[float] = setting(None, "learning rate (default: 3e-4 for the embedded policy, 1e-6 for others)")
+    lr: Optional[float] = setting(None, "learning rate (default: 5e-4 for the embedded policy, 1e-6 for others)")
     weight_decay: float = setting(0.01, "AdamW weight decay")
     grad_clip: float = setting(1.0, "largest norm of the gradient")
     seed: int = setting(0, "the run is a function of it")
@@ -105,7 +105,7 @@ class Config:
         )
         self.localizer = self.localizer or ("random" if self.method == "rrpo" else "self")
         if self.lr is None:
-            self.lr = 3e-4 if Path(self.model).resolve() == HERE / "data" / "policy" else 1e-6
+            self.lr = 5e-4 if Path(self.model).resolve() == HERE / "data" / "policy" else 1e-6
         positive = ("steps", "prompts_per_step", "max_thoughts", "max_tokens_per_thought", "micro_batch", "chunk", "max_rows", "updates",
                     "eval_problems", "eval_samples", "save_every", "localize_tokens", "oracle_samples")  # fmt: skip
         for name in positive:

@@ -109,6 +109,25 @@ class Student:
         return [torch.from_numpy(x) for x in (words, last > 0, last)]
 
 
+    def quotations(self, B: int, K: int):
+        """B chains with values out of nowhere, each repeated in a review -> ids [B, L], loss mask (the repeated values), kind as in `batch`.
+
+        A reviewer that knows a fact tends to read what it expects, not what is written, and then judges its own value."""
+        ids, _, kind = self.batch(B, K, review=False)
+        values = self.numbers[self.rng.integers(MODULUS, size=(B, K))]
+        columns = np.flatnonzero(kind[0].numpy() == 1)  # of the results, the same in every row
+        ids[:, columns] = torch.from_numpy(values)
+        start = 2 * K + 1
+        words = np.full((B, 4 + 5 * K), self.id["ok"])
+        words[:, 0], words[:, 1:4] = self.id["<locate>"], ids[:, start : start + 3]
+        for k, column in enumerate(columns):
+            words[:, 4 + 5 * k : 8 + 5 * k] = ids[:, column - 3 : column + 1]
+        repeated = np.zeros(words.shape, bool)
+        repeated[:, 7::5] = True
+        mask = torch.cat([torch.zeros(ids.shape, dtype=torch.bool), torch.from_numpy(repeated)], 1)
+        return torch.cat([ids, torch.from_numpy(words)], 1), mask, mask.long()
+
+
 def token_losses(model, ids, mask, kind):
     """Cross-entropy of each masked token, whether it is the likeliest, its kind and itself, each [M]."""
     chosen = mask[:, 1:]
@@ -122,6 +141,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="of the misconceptions, the corpus and the initial weights")
     parser.add_argument("--updates", type=int, default=5000, help="optimizer steps; reviews begin after a quarter of them")
+    parser.add_argument("--polish", type=int, default=1000, help="updates after those, with quotations of wrong values")
     parser.add_argument("--chains", type=int, default=24, help="chains of 12 steps in a batch (shorter ones: more of them)")
     parser.add_argument("--drills", type=int, default=256, help="single judgements in a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
@@ -137,26 +157,32 @@ def main():
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    bar = tqdm(range(args.updates), desc=f"pre-training {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    for update in bar:
-        progress = update / args.updates
-        for group in optimizer.param_groups:  # warm up over 100 updates, hold, then fall to zero over the last 40%
-            group["lr"] = args.lr * min(1, (update + 1) / 100) * min(1, (1 - progress) / 0.4)
-        K = int(student.rng.integers(2, 6 if progress < 0.08 else STEPS + 1))  # short chains first
-        K = STEPS if progress > 0.08 and update % 2 else K
-        losses, right, kind, target = token_losses(model, *student.batch(args.chains * STEPS // K, K, review=progress > 0.25))
-        drill_losses, drill_right, _, _ = token_losses(model, *student.drills(args.drills))
-        optimizer.zero_grad()
-        (losses.mean() + 0.3 * drill_losses.mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if update % 100 == 99:
-            shares = {"drills": drill_right, "judgements": right[kind == 2], "'wrong'": right[(kind == 2) & (target == student.id["wrong"])], "boxed": right[kind == 3]}
-            bar.write(
-                f"{update + 1}: K {K} value loss {losses[kind == 1].mean():.3f} (floor {student.floor:.3f}), other {losses[kind == 0].mean():.4f}; right: "
-                + ", ".join(f"{name} {share.float().mean():.3f}" for name, share in shares.items() if len(share))
-            )
+    for polish, updates in ((False, args.updates), (True, args.polish)):
+        student.rng = np.random.default_rng([args.seed, 2]) if polish else student.rng
+        lr = args.lr / 3 if polish else args.lr
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        bar = tqdm(range(updates), desc=f"{'polish' if polish else 'pre-train'} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+        for update in bar:
+            progress = update / updates
+            for group in optimizer.param_groups:  # warm up over 100 updates, hold, then fall to zero over the last 40%
+                group["lr"] = lr * min(1, (update + 1) / 100) * min(1, (1 - progress) / 0.4)
+            short = progress < 0.08 and not polish  # short chains first
+            K = int(student.rng.integers(2, 6 if short else STEPS + 1))
+            K = STEPS if not short and update % 2 else K
+            losses, right, kind, target = token_losses(model, *student.batch(args.chains * STEPS // K, K, review=polish or progress > 0.25))
+            drill_losses, drill_right, _, _ = token_losses(model, *student.drills(args.drills))
+            loss = losses.mean() + 0.3 * drill_losses.mean()
+            shares = {"drills": drill_right, "judgements": right[kind == 2], "boxed": right[kind == 3]}
+            if polish:
+                quote_losses, shares["quotations"], _, _ = token_losses(model, *student.quotations(args.chains // 3, STEPS))
+                loss = loss + 0.3 * quote_losses.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if update % 100 == 99:
+                bar.write(f"{update + 1}: K {K} value loss {losses[kind == 1].mean():.3f} (floor {student.floor:.3f}), other {losses[kind == 0].mean():.4f}; "
+                          "right: " + ", ".join(f"{name} {share.float().mean():.3f}" for name, share in shares.items() if len(share)))  # fmt: skip
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out}; measure it with: python eval.py card --model {args.out}")

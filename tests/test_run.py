@@ -238,7 +238,7 @@ def test_resume_from_a_damaged_or_foreign_checkpoint(tmp_path, capsys, uninterru
 def test_resume_with_other_settings(capsys, uninterrupted):
     before = files_of(uninterrupted)
     line = refused(capsys, "--resume", uninterrupted, "--lr", "0.5")
-    assert "that run has lr = 0.0003, not 0.5; leave --lr out" in line
+    assert "that run has lr = 0.0005, not 0.5; leave --lr out" in line
     assert files_of(uninterrupted) == before
 
 
