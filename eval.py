@@ -24,7 +24,7 @@ from transformers import StoppingCriteriaList
 
 from data.problems import DELIMITER, UserError, counters, generate_chains, load_problems
 from localize import by_self
-from rollout import HFEngine, Task, encode_question, grpo, load_policy, run_programs
+from rollout import HFEngine, Task, encode_question, load_policy, run_programs
 
 # ------------------------------------------------------------------------------------------------------------------ pass rate
 
@@ -175,7 +175,10 @@ def command_curves(args) -> None:
         return f"{reached.mean():{form}} ± {reached.std(ddof=1) if len(reached) > 1 else 0:{form}}{missing}"
 
     def exactness(members):  # share of reset indices that were the true first error, where the task knows it
-        ends = [[x["localized_exact"] for _, lines in members for x in part(lines) if x.get("localized_exact") is not None] for part in (lambda x: x[1:11], lambda x: x[-10:])]
+        ends = [
+            [x["localized_exact"] for _, lines in members for x in lines[part] if x.get("localized_exact") is not None]
+            for part in (slice(1, 11), slice(-10, None))
+        ]
         return ", ".join(f"{np.mean(end):.2f}" for end in ends) if all(ends) else "-"
 
     for name, members in by_name(args.runs).items():
@@ -297,7 +300,8 @@ def command_throughput(args) -> None:
         ours = sum(r.generated for r in rollouts) / (time.perf_counter() - start)
         longest = max(r.generated for r in rollouts)
         start = time.perf_counter()
-        out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest, stopping_criteria=stop)  # fmt: skip
+        sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest, stopping_criteria=stop)
+        out = model.generate(ids, attention_mask=mask, **sampling)
         theirs = int((out[:, width:] != tokenizer.pad_token_id).sum()) / (time.perf_counter() - start)
         if repeat:  # the first is a warm-up
             speeds["engine"].append(ours)

@@ -89,8 +89,8 @@ def by_self(task: Task, seeds: list[Rollout]):
     answers = iter((yield requests) if requests else ())
     found = []
     for seed, fit in zip(seeds, fits):
-        seed.answer = next(answers)[0] if fit else None
-        h, how = parse_localization(seed.answer.text, len(seed.thought_ends)) if fit else (None, "too_long")
+        seed.localization = next(answers)[0] if fit else None
+        h, how = parse_localization(seed.localization.text, len(seed.thought_ends)) if fit else (None, "too_long")
         if h is None:
             counters[f"localize_{how}"] += 1
             h = fallback(task, seed)

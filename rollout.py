@@ -50,7 +50,7 @@ class Rollout:
     seed: "Rollout | None" = field(default=None, repr=False)  # suffixes: the incorrect rollout whose prefix they share
     reset: int | None = None  # suffixes: h*, the 1-based index of the first thought that is sampled again
     localized: str | None = None  # suffixes: how h* was found (see localize.py)
-    answer: "Rollout | None" = field(default=None, repr=False)  # seeds: the policy's localization answer
+    localization: "Rollout | None" = field(default=None, repr=False)  # seeds: what the policy answered when asked for h*
     advantage: float = 0.0
 
     @property

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data.problems import UserError, counters, load_problems
-from eval import draw_curves, evaluate
+from eval import draw_curves, evaluate, read_run
 from localize import LOCALIZERS, check_localizer
 from loss import backward, grouped, set_advantages
 from rollout import PROGRAMS, Rollout, Task, encode_question, load_policy, make_engine, run_programs
@@ -169,7 +169,8 @@ def train(cfg: Config) -> dict:
         before = held_out()
         append(out_dir / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": before})
         print(f"step 0: held-out pass rate {before:.3f}")
-    after, starved = before, 0
+    after = [line["eval_pass_rate"] for line in read_run(out_dir)[1] if "eval_pass_rate" in line][-1]
+    starved = 0  # steps in a row without variance
     bar = tqdm(range(first_step, cfg.steps), initial=first_step, total=cfg.steps, desc=cfg.method, unit="step", dynamic_ncols=True)
     for step in bar:
         clock = Clock()
@@ -337,7 +338,7 @@ def write_rollouts(path: Path, step: int, rollouts: list[Rollout], generated: li
                       "group": r.group, "reward": r.reward, "advantage": r.advantage, "finish": r.finish,
                       "thoughts": r.thoughts(tokenizer), "thought_ends": r.thought_ends, "prefix_len": r.prefix_len,
                       "seed": ids[id(r.seed)] if r.seed else None, "reset": r.reset, "localized": r.localized,
-                      "answer": ids[id(r.answer)] if r.answer else None}  # fmt: skip
+                      "localization": ids[id(r.localization)] if r.localization else None}  # fmt: skip
             file.write(json.dumps(record) + "\n")
 
 

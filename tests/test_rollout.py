@@ -81,7 +81,7 @@ def test_boundaries_of_a_real_byte_level_tokenizer():
     text = "one é√ 2>1</thought>\n\ntwo\n</thought></thought>x</thought \n>y日本</thought>tail"
     ids = tokenizer(text)["input_ids"]
     assert any(DELIMITER[-1] in tokenizer.decode([i]) and tokenizer.decode([i]) != ">" for i in ids)  # ">" does merge with what is around it
-    expected, start = [], 0
+    expected = []
     for end in range(1, len(ids) + 1):
         whole = tokenizer.decode(ids[:end])
         if whole.count(DELIMITER) > tokenizer.decode(ids[: end - 1]).count(DELIMITER):

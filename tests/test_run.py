@@ -43,6 +43,7 @@ def test_every_method_and_split(tmp_path, flags):
                     "entropy", "grad_norm", "gap", "gap_prefix", "counters", "seconds", "total_tokens"):  # fmt: skip
             assert key in step
     rollouts = lines_of(out / "rollouts.jsonl")
+    assert all(r["question"].startswith("mod97") and r["answer"].isdigit() and "".join(r["thoughts"]) for r in rollouts)
     for step in steps:
         assert step["total_tokens"] == sum(sum(s["tokens"].values()) for s in steps if s["step"] <= step["step"])
         mine = [r for r in rollouts if r["step"] == step["step"]]
@@ -134,6 +135,15 @@ def test_resume_can_be_extended(tmp_path, uninterrupted):
     assert run(*LONGER, "--steps", "3", "--out_dir", out).returncode == 0
     assert run("--resume", out, "--steps", "5").returncode == 0
     assert weights(out, 5) == weights(uninterrupted, 5)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys, uninterrupted):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    before = files_of(out)
+    srpo.main(["--resume", str(out)])
+    assert files_of(out) == before
+    assert f"-> {lines_of(out / 'metrics.jsonl')[-1]['eval_pass_rate']:.3f} in" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad input
@@ -256,7 +266,7 @@ def test_help_explains_every_setting():
 
 
 def test_training_learns(tmp_path, capsys):
-    """A few steps on an easier chain lift the held-out pass rate well beyond chance."""
-    srpo.main("--train_data chain-4 --eval_data chain-4 --steps 12 --lr 1e-3 --eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0 --out_dir".split() + [str(tmp_path / "run")])
+    """Two dozen steps on an easier chain lift the held-out pass rate well beyond chance."""
+    srpo.main("--train_data chain-4 --eval_data chain-4 --steps 24 --lr 1e-3 --eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0 --out_dir".split() + [str(tmp_path / "run")])
     before, *_, after = lines_of(Path(tmp_path) / "run" / "metrics.jsonl")
     assert after["eval_pass_rate"] > before["eval_pass_rate"] + 0.1
