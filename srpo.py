@@ -450,7 +450,7 @@ def parse(argv: list[str]) -> Config:
         resumed = Config(**{f.name: saved[f.name] for f in fields(Config)})
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as fault:
         raise UserError(f"--resume {cfg.resume}: no run of this program is there ({type(fault).__name__}: {fault})")
-    given = {arg.split("=")[0].removeprefix("--").removeprefix("no_") for arg in argv if arg.startswith("--")}
+    given = {arg.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for arg in argv if arg.startswith("--")}
     for name in sorted(given):
         if name in MAY_CHANGE:
             setattr(resumed, name, getattr(cfg, name))

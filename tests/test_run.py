@@ -247,6 +247,7 @@ def test_resume_from_a_damaged_or_foreign_checkpoint(tmp_path, capsys, uninterru
 
 def test_resume_with_other_settings(capsys, uninterrupted):
     before = files_of(uninterrupted)
+    assert "that run has grad_clip = 1.0" in refused(capsys, "--resume", uninterrupted, "--grad-clip", "2")
     line = refused(capsys, "--resume", uninterrupted, "--lr", "0.5")
     assert "that run has lr = 0.0005, not 0.5; leave --lr out" in line
     assert files_of(uninterrupted) == before
