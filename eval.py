@@ -257,8 +257,9 @@ Built from nothing by `python -m data.build_policy --out data/policy` (seeded). 
 | greedy pass rate | {greedy:.3f} |
 | right steps, among those that follow only right steps | {per_step:.3f} |
 | self-localization: exact first wrong step, on its own failures | {localization_exact:.3f} |
-| the same by a uniformly random choice | {random_localization:.3f} |
-| the same by always answering step 1 | {always_first:.3f} |
+| the same on chains of 8 steps (it learned to quote itself at 12) | {shorter:.3f} |
+| by a uniformly random choice | {random_localization:.3f} |
+| by always answering step 1 | {always_first:.3f} |
 | right answers among chains with a wrong step (luck) | {luck:.4f} |
 | tokens of a localization answer, mean | {localization_tokens:.1f} |
 
@@ -270,9 +271,10 @@ Localization answers without a usable step: {localization_faults}. Responses end
 def command_card(args) -> None:
     model, tokenizer, engine, context = load(args)
     measures = measure_policy(model, tokenizer, engine, context, args.problems, steps=12)
+    shorter = measure_policy(model, tokenizer, engine, context, max(1, args.problems // 4), steps=8)["localization_exact"]
     size = sum(file.stat().st_size for file in Path(args.model).glob("*") if file.suffix != ".md")
     card = CARD.format(
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6, megabytes=size / 1e6, n=args.problems,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6, megabytes=size / 1e6, n=args.problems, shorter=shorter,
         head=model.config.hidden_size // model.config.num_attention_heads, **measures,
     )  # fmt: skip
     print(card)

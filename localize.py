@@ -151,7 +151,7 @@ if __name__ == "__main__":
 
     model, tokenizer = load_policy(Path(__file__).resolve().parent / "data" / "policy")
     engine = HFEngine(model, tokenizer)
-    tasks = make_tasks(generate_chains(steps=8, n=12, seed=1), tokenizer, engine, model.config.max_position_embeddings)
+    tasks = make_tasks(generate_chains(steps=12, n=8, seed=1), tokenizer, engine, model.config.max_position_embeddings)
     failures = [(task, group[0]) for task, group in zip(tasks, evaluate(tasks, engine, 1)["groups"]) if group[0].reward == 0]
     found, answers, _ = run_programs([by_self(task, [seed]) for task, seed in failures], engine)
     for (task, seed), ((h, how),), answer in zip(failures, found, answers):
