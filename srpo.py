@@ -206,7 +206,7 @@ def train(cfg: Config) -> dict:
                      "gap_max": sums["gap_max"]}  # fmt: skip
         else:
             counters["no_update"] += 1
-            line |= {"trained_tokens": 0}
+            line |= {"trained_tokens": 0} | dict.fromkeys(("loss", "entropy", "grad_norm", "gap", "gap_prefix", "gap_max"))
         starved = 0 if signal_there else starved + 1
         if starved and starved % 5 == 0:
             bar.write(f"warning: no group had variance for {starved} steps: all rewards are alike. Use easier problems or a better policy.")
