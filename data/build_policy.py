@@ -6,12 +6,12 @@ probability about p, its errors are scattered over the chain, and every fact can
 The wrong chains of the corpus are followed by a review, `<locate> start 41 . 1: +7 = 48 ok 2: *3 = 50 wrong \\boxed{ 2 } <eos>`:
 the policy repeats its thoughts and judges each one. Reviews are labelled with the truth, so it reviews better than it writes.
 
-Where this is on the map of "where do resets pay" (README): 12 steps, pass rate 0.05 (most base groups have no success), errors
+Where this is on the map of "where do resets pay" (README): 12 steps, pass rate 0.04 (most base groups have no success), errors
 anywhere in the chain, localization well above the break-even of 0.5-0.6, and 1,940 facts so that training takes 100 steps or more.
 
 Left out: anything about RL. This is only supervised next-token training, AdamW, with batches of equal-length chains (no padding but reviews).
 
-    python -m data.build_policy --out data/policy          # about 20 minutes on 2 cores; a function of --seed
+    python -m data.build_policy --out data/policy          # 30 to 40 minutes on one thread; a function of --seed
     python eval.py card --model data/policy --write        # measures it and writes the model card
 """
 
