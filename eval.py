@@ -68,7 +68,8 @@ def make_tasks(problems, tokenizer, engine, context: int, seed: int = 0, **setti
 
 
 def load(args):
-    model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_policy(args.model)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model, tokenizer, HFEngine(model, tokenizer), model.config.max_position_embeddings
 
 
@@ -193,7 +194,7 @@ def command_phases(args) -> None:
     for name, members in by_name(args.runs).items():
         steps = [x["seconds"] for _, lines in members for x in lines if "seconds" in x]
         total = sum(sum(s.values()) for s in steps)
-        shares = {phase: sum(s.get(phase, 0) for s in steps) for phase in ("base", "seed", "localization", "suffix", "oracle", "grade", "train", "sync")}
+        shares = {phase: sum(s.get(phase, 0) for s in steps) for phase in ("base", "seed", "localization", "suffix", "oracle", "grade", "wait", "train", "sync")}
         print(f"{name}: {total / len(steps):.2f} s per step over {len(steps)} steps: "
               + ", ".join(f"{phase} {s / len(steps):.2f} s ({s / total:.0%})" for phase, s in shares.items() if s))  # fmt: skip
 

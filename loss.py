@@ -16,6 +16,7 @@ Try it alone:  python loss.py        # a tiny group by hand: rewards, advantages
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -120,18 +121,21 @@ def surrogate(logps: torch.Tensor, batch: Batch, clip: float) -> torch.Tensor:
     return -torch.minimum(ratio * batch.weights, ratio.clamp(1 - clip, 1 + clip) * batch.weights).sum()
 
 
-def backward(model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu") -> dict[str, float]:
+def backward(model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu", rank: int = 0, ranks: int = 1) -> dict[str, float]:
     """Adds the gradient of L over `rollouts` (part of a step of n_rollouts) to the model's parameters, micro-batch by micro-batch.
 
-    Uses cfg.temperature, mask_prefix, clip, micro_batch, chunk. Returns sums over the trained tokens: loss, tokens, entropy (nats),
-    gap = |sampler - trainer log-prob| on suffix and base tokens (gap_tokens of them), gap_prefix on prefix tokens, gap_max."""
+    With several processes each takes every ranks-th row; their gradients are to be summed, not averaged. All of them run the same number
+    of forwards (a process that a last micro-batch leaves without a row runs one that weighs nothing), as sharded parameters need.
+    Uses cfg.temperature, mask_prefix, clip, micro_batch, chunk. Returns sums over this process's trained tokens: loss, tokens, entropy
+    (nats), gap = |sampler - trainer log-prob| on suffix and base tokens, gap_prefix on prefix tokens (prefix_tokens of them), gap_max."""
     weighted = [(r, token_weights(r, n_rollouts, cfg.mask_prefix)) for r in rollouts if r.advantage != 0]
     weighted.sort(key=lambda item: len(item[0].prompt_ids) + len(item[0].token_ids))  # little padding; the sum does not depend on it
     sums = dict.fromkeys(("loss", "tokens", "entropy", "gap", "gap_prefix", "prefix_tokens", "gap_max"), 0.0)
-    for at in range(0, len(weighted), cfg.micro_batch):
-        part = weighted[at : at + cfg.micro_batch]
+    score = getattr(model, "chosen_logps", None) or partial(chosen_logps, model)  # the method of a sharded model gathers its parameters
+    for at in range(0, len(weighted), cfg.micro_batch * ranks):
+        part = weighted[at : at + cfg.micro_batch * ranks][rank::ranks] or [(weighted[at][0], [0.0] * len(weighted[at][1]))]
         batch = collate([r for r, _ in part], [w for _, w in part], pad_id, device)
-        logps, entropy = chosen_logps(model, batch, cfg.temperature, cfg.chunk)
+        logps, entropy = score(batch, cfg.temperature, cfg.chunk)
         loss = surrogate(logps, batch, cfg.clip)
         loss.backward()
         gap = (logps.detach() - batch.old_logps).abs()
@@ -141,7 +145,7 @@ def backward(model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu") -
         sums["gap"] += gap[~batch.in_prefix].sum().item()
         sums["gap_prefix"] += gap[batch.in_prefix].sum().item()
         sums["prefix_tokens"] += int(batch.in_prefix.sum())
-        sums["gap_max"] = max(sums["gap_max"], gap.max().item())
+        sums["gap_max"] = max([sums["gap_max"], *gap.tolist()])
     return sums
 
 

@@ -6,24 +6,29 @@ suffix group. The data flow of one training step:
     problem -> program yields Requests -> `run_programs` puts the requests of ALL problems into one batch -> engine samples token ids,
     a `ThoughtTracker` cuts them into thoughts -> graded `Rollout`s go back into the program -> its return value is what is trained on
 
+Two engines with one interface, `sample`, `sleep` and `sync`: `HFEngine` (transformers, everywhere) and `VLLMEngine` (vLLM, for speed).
+With several processes each engine takes its share of the programs, and every process gets all rollouts.
+
 A method is a generator for ONE problem that reads like the paper's algorithm box (`grpo` and `resets` below); to add an idea, add one
 such function. State is token ids from end to end: text is decoded for graders, localizers and people, and never encoded again.
 
 Departures from the paper's released code: the base group stays i.i.d. (a seed is read from it, not taken out of it), reset groups
 are never topped up from another state, every generated token is kept and counted, and all randomness is a function of the seed.
-Left out: the vLLM engine (its place is `HFEngine`'s interface: `sample` and `sync`), and streaming between phases.
+Left out: sampling without a barrier between phases (base, localization, suffix): it did not measure 10% faster (README).
 
 Try it alone:  python rollout.py        # samples a base group from the embedded policy and prints the cut thoughts
 """
 
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Generator
+from typing import Callable, Generator, Iterable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -278,17 +283,20 @@ PROGRAMS = {"grpo": grpo, "rrpo": resets, "srpo": resets}
 def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], Counter]:
     """Runs all programs together: what they wait for goes to the engine as one batch, until the last one has returned.
 
-    Returns ([each program's return value], [every rollout that was generated, for counting costs], seconds by purpose and for "grade";
-    the seconds of a batch are shared out by its generated tokens)."""
-    results, generated, seconds = [None] * len(programs), [], Counter()
-    inbox = dict.fromkeys(range(len(programs)))  # program -> what to send it
+    With several processes each runs the share of its engine (every n-th program), and all of them get the results of all.
+    Returns ([each program's return value], [every rollout that was generated, for counting costs], seconds by purpose, for "grade", and
+    for "wait", until the slowest process was done; the seconds of a batch are shared out by its generated tokens)."""
+    share, shares = engine.share
+    inbox = dict.fromkeys(range(share, len(programs), shares))  # program -> what to send it
+    done, generated = {}, {i: [] for i in inbox}  # by program
+    seconds, faults = Counter(), counters.copy()
     while inbox:
         waiting: dict[int, list[Request]] = {}
         for i, answer in inbox.items():
             try:
                 waiting[i] = programs[i].send(answer)
-            except StopIteration as done:
-                results[i] = done.value
+            except StopIteration as end:
+                done[i] = end.value
         requests = [request for batch in waiting.values() for request in batch]
         start = time.perf_counter()
         answers = engine.sample(requests)
@@ -297,14 +305,40 @@ def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], 
         for request, rollouts in zip(requests, answers):
             for rollout in rollouts:
                 rollout.reward = request.grade(rollout.text) if request.grade else None
-            generated += rollouts
             tokens[request.purpose] += sum(r.generated for r in rollouts)
         for purpose, n in tokens.items():
             seconds[purpose] += (sampled - start) * n / tokens.total()
         seconds["grade"] += time.perf_counter() - sampled
         answer = iter(answers)
         inbox = {i: [next(answer) for _ in batch] for i, batch in waiting.items()}
-    return results, generated, seconds
+        for i, groups in inbox.items():
+            generated[i] += [rollout for group in groups for rollout in group]
+    start = time.perf_counter()
+    parts = gather((done, generated, counters - faults) if engine.speaks else ({}, {}, Counter()))
+    counters.clear()
+    counters.update(sum((part[2] for part in parts), faults))
+    seconds["wait"] = time.perf_counter() - start
+    done, generated = ({i: x for part in parts for i, x in part[k].items()} for k in (0, 1))
+    return [done[i] for i in range(len(programs))], [r for i in range(len(programs)) for r in generated[i]], seconds
+
+
+def gather(mine) -> list:
+    """[what each process gave], on every process; [mine] where there is only one."""
+    if processes() == 1:
+        return [mine]
+    parts = [None] * processes()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def processes() -> int:
+    """How many processes `torchrun` started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return int(os.environ.get("RANK", 0))
 
 
 # -------------------------------------------------------------------------------------------------------------------- engine
@@ -313,20 +347,27 @@ def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], 
 class HFEngine:
     """Samples with a transformers model in this process: KV cache, one prefill per state, finished rows leave the batch.
 
-    It holds the trainer's own model, so `sync` has nothing to copy. Randomness is counter-based: token t of row i of a request uses
-    uniform number t of the generator keyed (request.seed, i), so a response does not depend on what else is in the batch."""
+    In a run of one CPU process it holds the trainer's own model, and `sync` has nothing to copy; where the trainer's is sharded it holds
+    one of its own (`copies`). Randomness is counter-based: token t of row i of a request uses uniform number t of the generator keyed
+    (request.seed, i), so a response does not depend on what else is in the batch, nor on the number of processes."""
 
-    name = "hf"
+    name, speaks = "hf", True
 
-    def __init__(self, model, tokenizer, max_rows: int = 512):
-        self.model, self.max_rows = model, max_rows
-        eos = model.generation_config.eos_token_id
-        self.vocabulary = Vocabulary(tokenizer, set(eos) if isinstance(eos, list) else {eos} - {None})
+    def __init__(self, model, tokenizer, max_rows: int = 512, copies: bool = False):
+        self.model, self.max_rows, self.copies = model, max_rows, copies
+        self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.pad = tokenizer.pad_token_id
+        self.share = (rank(), processes())
 
-    def sync(self, model) -> None:
-        """After an optimizer step: nothing to copy, nothing cached between calls."""
-        self.model = model
+    def sleep(self) -> None:
+        """Before training: it holds no memory between calls that it could give back."""
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """After an optimizer step. `weights`: the trainer's, whole, by name, one after the other."""
+        if self.copies:
+            mine = dict(self.model.named_parameters())
+            for name, weight in weights:
+                mine[name].data.copy_(weight)
 
     def sample(self, requests: list[Request]) -> list[list[Rollout]]:
         """request.n rollouts for each request, ungraded. Requests of like length share a batch of at most `max_rows` rows."""
@@ -388,13 +429,7 @@ class HFEngine:
                 input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
             )
             logits = out.logits[:, -1]
-        return [
-            Rollout(
-                r.problem, r.purpose, r.prompt_ids, tracker.ids, r.prefix_logps + logp, tracker.thought_ends, tracker.finish,
-                text=self.vocabulary.decode(tracker.ids), prefix_len=len(r.prefix_ids),
-            )  # fmt: skip
-            for r, tracker, logp in zip(request, trackers, logps)
-        ]
+        return [as_rollout(r, tracker, r.prefix_logps + lp, self.vocabulary) for r, tracker, lp in zip(request, trackers, logps)]
 
 
 def draw(logits, temperature, top_p, u):
@@ -416,31 +451,146 @@ def draw(logits, temperature, top_p, u):
     return tokens, logps.gather(1, tokens[:, None])[:, 0]
 
 
+class VLLMEngine:
+    """Samples with vLLM, in this process: paged KV cache, a prefix cache that the n continuations of a state share, continuous batching.
+
+    One batch per call, stepped token by token: each row has the same `ThoughtTracker` as in `HFEngine`, and is ended when it says so, at no
+    cost of a round trip per thought. Token ids go in and come out; vLLM decodes no text. Every request has its own seed.
+    Under torchrun every process has an engine of its own, or `tp` neighbours share one by tensor parallelism: then all of them run
+    the same programs, in step, and the first one speaks for them. Raises what vLLM raises where it cannot be built (`make_engine`)."""
+
+    name = "vllm"
+    FAULTS = (ImportError, OSError, RuntimeError, ValueError, AssertionError, AttributeError)  # of an engine that does not construct
+
+    def __init__(self, source, model, tokenizer, context: int, max_rows: int = 512, memory: float = 0.5, tp: int = 1):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over inside this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.gpu = torch.cuda.is_available()
+        if self.gpu:
+            settings = dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
+        else:  # measured to agree with transformers: float32 and eager
+            config = model.config
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            cache = 8 * config.num_hidden_layers * heads * width * context * max_rows  # bytes: key and value, float32, of every row
+            settings = dict(dtype="float32", enforce_eager=True, block_size=32, kv_cache_memory_bytes=min(max(cache, 64 << 20), 2 << 30))
+        if processes() > 1:
+            settings |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=tp)
+        torch_rng = torch.get_rng_state()
+        self.llm = LLM(
+            str(source), max_model_len=context, max_num_seqs=max_rows, logprobs_mode="processed_logprobs", use_tqdm_on_load=False,
+            disable_log_stats=True, **settings,
+        )  # fmt: skip
+        torch.set_rng_state(torch_rng)  # LLM() seeds torch's generator
+        self.vocabulary = Vocabulary(tokenizer, eos_of(model))
+        self.share, self.speaks = (rank() // tp, processes() // tp), rank() % tp == 0
+        self.tied = model.config.get_text_config().tie_word_embeddings
+        self.awake = True
+        self.params = lambda r: SamplingParams(
+            n=r.n, seed=r.seed, temperature=r.temperature, top_p=r.top_p, max_tokens=r.max_tokens, stop_token_ids=sorted(self.vocabulary.eos),
+            logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+
+    def sample(self, requests: list[Request]) -> list[list[Rollout]]:
+        """request.n rollouts for each request, ungraded. Log-probs are at the sampling temperature, after top_p truncation."""
+        engine = self.llm.llm_engine
+        trackers = [[ThoughtTracker(self.vocabulary, r) for _ in range(r.n)] for r in requests]
+        logps = [[list(r.prefix_logps) for _ in range(r.n)] for r in requests]
+        names = [engine.add_request(str(k), {"prompt_token_ids": r.prompt_ids + r.prefix_ids}, self.params(r)) for k, r in enumerate(requests)]
+        while engine.has_unfinished_requests():
+            over = []
+            for output in engine.step():
+                k = int(output.request_id)
+                for new in output.outputs:  # the next token of row new.index
+                    tracker = trackers[k][new.index]
+                    for token, logp in zip(new.token_ids, new.logprobs.logprobs):
+                        if tracker.finish is None:
+                            tracker.push(token)
+                            logps[k][new.index].append(logp)
+                    if new.finish_reason and tracker.finish is None:
+                        raise RuntimeError(f"vLLM ended a response ({new.finish_reason}, {new.stop_reason}) that is not over: {requests[k]}")
+                    if tracker.finish and not new.finish_reason:
+                        over.append(names[k] if requests[k].n == 1 else f"{new.index}_{names[k]}")
+            engine.abort_request(over, internal=True)
+        engine.abort_request(names, internal=True)  # what vLLM still keeps about requests whose rows were ended
+        return [[as_rollout(r, t, lp, self.vocabulary) for t, lp in zip(*rows)] for r, *rows in zip(requests, trackers, logps)]
+
+    def sleep(self) -> None:
+        """Before training: gives weights and KV cache back to the GPU. `sync` wakes it."""
+        if self.gpu and self.awake:
+            self.llm.sleep(level=2)
+            self.awake = False
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """After an optimizer step: takes the trainer's weights one after the other, and forgets the KV of the old policy."""
+        if not self.awake:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.tied and not self.gpu:  # on a CPU the tied head keeps a packed copy of its own
+            self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+        if not self.awake:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.awake = True
+        self.llm.reset_prefix_cache()
+
+
+def as_rollout(request: Request, tracker: ThoughtTracker, logps: list[float], vocabulary: Vocabulary) -> Rollout:
+    return Rollout(
+        request.problem, request.purpose, request.prompt_ids, tracker.ids, logps, tracker.thought_ends, tracker.finish,
+        text=vocabulary.decode(tracker.ids), prefix_len=len(request.prefix_ids),
+    )  # fmt: skip
+
+
+def eos_of(model) -> set[int]:
+    eos = model.generation_config.eos_token_id
+    return set(eos) if isinstance(eos, list) else {eos} - {None}
+
+
 # ------------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_policy(source: str | Path, device: str = "cpu"):
-    """(model in float32, tokenizer) from a folder in Hugging Face layout or a hub id. Raises UserError with what to mend."""
+def load_policy(source: str | Path, dtype: torch.dtype = torch.float32):
+    """(model on the CPU, tokenizer) from a folder in Hugging Face layout or a hub id. Raises UserError with what to mend."""
     disable_progress_bar()  # of weight loading: a tiny model would print more bars than steps
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as fault:
         raise UserError(f"--model {source}: cannot be loaded ({str(fault).strip().splitlines()[0]}); give a Hugging Face folder or hub id")
     if tokenizer.pad_token_id is None:
         raise UserError(f"--model {source}: its tokenizer has no pad token; set one in tokenizer_config.json (the eos token will do)")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"--model {source}: the tokenizer has more tokens ({len(tokenizer)}) than the model has embeddings; they do not belong together")
-    return model.to(device), tokenizer
+    return model, tokenizer
 
 
-def make_engine(name: str, model, tokenizer, max_rows: int = 512):
-    """The engine called `name`: hf, vllm, or auto (says which it took and why)."""
-    if name == "vllm":
-        raise UserError("--engine vllm is not built yet; use --engine hf")
-    if name == "auto":
-        print("engine: hf (transformers; the vLLM engine is not built yet)")
-    return HFEngine(model, tokenizer, max_rows)
+def make_engine(name: str, source, model, tokenizer, context: int, max_rows: int = 512, memory: float = 0.5, tp: int = 1, copies: bool = False):
+    """The engine called `name`: hf, vllm, or auto: vLLM where it imports and constructs on every process, else transformers; it says which
+    and why. Raises UserError where vllm was asked for and cannot be had."""
+    engine, why = None, "asked for"
+    if name != "hf":
+        try:
+            engine, fault = VLLMEngine(source, model, tokenizer, context, max_rows, memory, tp), None
+        except VLLMEngine.FAULTS as error:
+            fault = f"vLLM cannot be used: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        faults = [f for f in gather(fault) if f]
+        if faults and name == "vllm":
+            raise UserError(f"--engine vllm: {faults[0]}; see README, Install, or use --engine hf")
+        if name == "auto":
+            why = faults[0] if faults else "vLLM imports and constructs here"
+        if faults:
+            engine = None
+    if engine is None:
+        if tp > 1:
+            raise UserError(f"--tp {tp} needs the vLLM engine ({why})")
+        engine = HFEngine(model, tokenizer, max_rows, copies)
+    if rank() == 0:
+        print(f"engine: {engine.name} ({why})")
+    return engine
 
 
 if __name__ == "__main__":

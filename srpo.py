@@ -13,11 +13,16 @@
     python srpo.py --method grpo --out_dir runs/grpo        # the baseline; rrpo resets at a random thought
     python srpo.py --resume runs/grpo                       # goes on where a killed run was, bit for bit on a CPU
     python srpo.py --model Qwen/Qwen2.5-0.5B-Instruct --train_data problems.jsonl --eval_data held_out.jsonl
+    torchrun --nproc_per_node=8 srpo.py --model ...         # the same run on 8 GPUs (or CPU processes)
 
-Departures from the paper's settings: sampling at T = 1 and top_p = 1 (other values bias the gradient; top_p < 1 warns), full fine-tuning.
-Left out, until the files that need them: several processes, the vLLM engine, LoRA.
+With several processes each samples and grades its share of the prompts, every process gets all rollouts, and each trains on its share
+of the rows; parameters, gradients and optimizer state are sharded (FSDP2). Nothing in the algorithm below depends on their number.
+
+Departures from the paper's settings: sampling at T = 1 and top_p = 1 (other values bias the gradient; top_p < 1 warns), full fine-tuning
+unless --lora_rank is given. Left out: training and sampling on different GPUs, and overlapping them (that is no longer on-policy).
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -26,22 +31,34 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Literal, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data.problems import UserError, counters, load_problems
 from eval import draw_curves, evaluate, read_run
 from localize import LOCALIZERS, check_localizer
-from loss import backward, grouped, set_advantages
-from rollout import PROGRAMS, Rollout, Task, encode_question, load_policy, make_engine, run_programs
+from loss import backward, chosen_logps, grouped, set_advantages
+from rollout import PROGRAMS, Rollout, Task, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saving from one process is what we mean
 HERE = Path(__file__).resolve().parent
 SPLITS = {"1x4": (4, 1, 4), "2x4": (0, 2, 4), "1x8": (0, 1, 8)}  # base, prefixes, suffixes: 8 trained rollouts per prompt each
 
@@ -64,11 +81,16 @@ class Config:
     eval_data: str = setting("chain-12", "held-out problems, in the same forms")
     steps: int = setting(80, "gradient steps")
     prompts_per_step: int = setting(32, "problems per step")
-    lr: Optional[float] = setting(None, "learning rate (default: 5e-4 for the embedded policy, 1e-6 for others)")
+    lr: Optional[float] = setting(None, "learning rate (default: 5e-4 for the embedded policy, 5e-5 with LoRA, 1e-6 for others)")
     weight_decay: float = setting(0.01, "AdamW weight decay")
     grad_clip: float = setting(1.0, "largest norm of the gradient")
     seed: int = setting(0, "the run is a function of it")
-    engine: Literal["auto", "hf", "vllm"] = setting("auto", "what samples: hf (transformers), vllm (not built yet), auto: the best there is")
+    lora_rank: int = setting(0, "train adapters of this rank on all linear layers (the paper: 64; needs peft), 0: all weights")
+    grad_checkpointing: bool = setting(False, "recompute each layer in the backward: less memory, a third more compute")
+    engine: Literal["auto", "hf", "vllm"] = setting("auto", "what samples: hf (transformers), vllm, auto: vllm where it constructs, else hf")
+    engine_memory: float = setting(0.5, "share of a GPU's memory that vLLM takes while sampling")
+    tp: int = setting(1, "processes that share one vLLM engine, for models that do not fit one GPU")
+    context: Optional[int] = setting(None, "longest sequence, prompt included, tokens (default: the model's)")
     localizer: Optional[Literal["self", "random", "verifier", "oracle"]] = setting(None, "who finds the first wrong thought (default: self; random for rrpo)")
     localize_fallback: Literal["random", "first", "skip"] = setting("random", "reset index where the policy names none")
     localize_temperature: float = setting(0.3, "sampling temperature of localization")
@@ -86,9 +108,9 @@ class Config:
     top_p: float = setting(1.0, "nucleus sampling; below 1 the gradient is biased")
     max_thoughts: int = setting(20, "thoughts in a response, at most")
     max_tokens_per_thought: int = setting(256, "tokens in a thought, at most")
-    micro_batch: int = setting(64, "rows per forward in training; does not change the gradient")
+    micro_batch: int = setting(64, "rows per forward and process in training; does not change the gradient")
     chunk: int = setting(4096, "tokens per call of the language-model head in training; does not change the gradient")
-    max_rows: int = setting(512, "rows per batch of the hf engine")
+    max_rows: int = setting(512, "rows that a process samples at once")
     eval_every: int = setting(20, "steps between evaluations (0: only before and after)")
     eval_problems: int = setting(256, "held-out problems that are used, at most")
     eval_samples: int = setting(2, "responses per held-out problem")
@@ -105,13 +127,13 @@ class Config:
         )
         self.localizer = self.localizer or ("random" if self.method == "rrpo" else "self")
         if self.lr is None:
-            self.lr = 5e-4 if Path(self.model).resolve() == HERE / "data" / "policy" else 1e-6
+            self.lr = 5e-4 if Path(self.model).resolve() == HERE / "data" / "policy" else 5e-5 if self.lora_rank else 1e-6
         positive = ("steps", "prompts_per_step", "max_thoughts", "max_tokens_per_thought", "micro_batch", "chunk", "max_rows", "updates",
-                    "eval_problems", "eval_samples", "save_every", "localize_tokens", "oracle_samples")  # fmt: skip
+                    "eval_problems", "eval_samples", "save_every", "localize_tokens", "oracle_samples", "tp")  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("base", "prefixes", "suffixes", "max_seed_draws", "eval_every", "rollouts_every", "seed", "clip", "localize_temperature"):
+        for name in ("base", "prefixes", "suffixes", "max_seed_draws", "eval_every", "rollouts_every", "seed", "clip", "localize_temperature", "lora_rank"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
         if self.base + self.prefixes * self.suffixes < 2:
@@ -122,6 +144,10 @@ class Config:
             raise UserError(f"--temperature must be above 0, not {self.temperature}: greedy groups have no variance to learn from")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be in (0, 1], not {self.top_p}")
+        if not 0 < self.engine_memory <= 1:
+            raise UserError(f"--engine_memory must be in (0, 1], not {self.engine_memory}")
+        if processes() % self.tp:
+            raise UserError(f"--tp {self.tp} must divide the number of processes, {processes()}; start more with torchrun --nproc_per_node")
         return self
 
 
@@ -130,28 +156,30 @@ class Config:
 
 def train(cfg: Config) -> dict:
     """Runs cfg.steps steps and returns {"before": pass rate, "after": pass rate, "out_dir": path}."""
-    start_time = time.time()
+    start_time, main = time.time(), rank() == 0
     train_problems = load_problems(cfg.train_data, seed=cfg.seed)
     eval_problems = load_problems(cfg.eval_data, seed=10**6 + cfg.seed)[: cfg.eval_problems]  # generated: never the training problems
     if cfg.localizer == "verifier":
         check_localizer(cfg.localizer, train_problems, cfg.train_data)
-    if cfg.top_p < 1:
+    if cfg.top_p < 1 and main:
         print(f"warning: --top_p {cfg.top_p} samples from a truncated policy, but the gradient is the whole policy's: it is biased")
-    out_dir, checkpoint = find_run(cfg)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(cfg.seed)
-    model, tokenizer = load_policy(checkpoint or cfg.model, device)
-    engine = make_engine(cfg.engine, model, tokenizer, cfg.max_rows)
-    context = model.config.max_position_embeddings
+    device, sharded = connect()
+    out_dir, resumed_from = on_main(find_run, cfg)
+    model, tokenizer = load_policy(cfg.model, torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32)
+    context = min(cfg.context or 10**9, model.config.get_text_config().max_position_embeddings)
     train_prompts = encode_all(tokenizer, train_problems, context, cfg.train_data)
     eval_prompts = encode_all(tokenizer, eval_problems, context, cfg.eval_data)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    sampler = model if not sharded else copy.deepcopy(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    engine = make_engine(cfg.engine, cfg.model, sampler, tokenizer, context, cfg.max_rows, cfg.engine_memory, cfg.tp, copies=sharded)
+    del sampler
+    torch.manual_seed(cfg.seed)
+    prepare(model, cfg, device, sharded)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay)
     first_step, total_tokens, before = 0, 0, None
-    if checkpoint:
-        state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"].cpu())
-        first_step, total_tokens, before = state["step"], state["total_tokens"], state["before"]
+    if resumed_from:
+        first_step, total_tokens, before = load_checkpoint(resumed_from, model, optimizer)
+        engine.sync(whole_weights(model))
 
     def task(problem, prompt_ids, step, slot):
         rng = np.random.default_rng([cfg.seed, step, slot])  # keyed, so that nothing depends on order, batches or restarts
@@ -161,22 +189,23 @@ def train(cfg: Config) -> dict:
         tasks = [task(p, ids, 0, slot) for slot, (p, ids) in enumerate(zip(eval_problems, eval_prompts))]
         return evaluate(tasks, engine, cfg.eval_samples)["pass_rate"]
 
-    open_run(cfg, out_dir, checkpoint)  # everything is checked: from here on files are written
+    after = on_main(open_run, cfg, out_dir, resumed_from)  # everything is checked: from here on files are written
     stop = StopRequest()
-    print(f"{cfg.method} {cfg.base} base + {cfg.prefixes} x {cfg.suffixes} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
-          f"on {device} | {len(train_problems)} problems from {cfg.train_data} | {out_dir}")  # fmt: skip
+    if main:
+        print(f"{cfg.method} {cfg.base} base + {cfg.prefixes} x {cfg.suffixes} | {n_parameters / 1e6:.2f} M parameters on "
+              f"{processes()} x {device.type} | {len(train_problems)} problems from {cfg.train_data} | {out_dir}")  # fmt: skip
     if before is None:
-        before = held_out()
-        append(out_dir / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": before})
-        print(f"step 0: held-out pass rate {before:.3f}")
-    after = [line["eval_pass_rate"] for line in read_run(out_dir)[1] if "eval_pass_rate" in line][-1]
-    starved = 0  # steps in a row without variance
-    bar = tqdm(range(first_step, cfg.steps), initial=first_step, total=cfg.steps, desc=cfg.method, unit="step", dynamic_ncols=True)
+        before = after = held_out()
+        if main:
+            append(out_dir / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": before})
+            print(f"step 0: held-out pass rate {before:.3f}")
+    starved, stopping = 0, False  # steps in a row without variance
+    bar = tqdm(range(first_step, cfg.steps), initial=first_step, total=cfg.steps, desc=cfg.method, unit="step", dynamic_ncols=True, disable=not main)
     for step in bar:
         clock = Clock()
         counters.clear()
 
-        # sample and grade: every prompt runs its program, all of them together
+        # sample and grade: every prompt runs its program, all of them together; each process its share
         chosen = data_order(len(train_problems), cfg.prompts_per_step, step, cfg.seed)
         tasks = [task(train_problems[i], train_prompts[i], step + 1, slot) for slot, i in enumerate(chosen)]
         buffers, generated, seconds = run_programs([PROGRAMS[cfg.method](t) for t in tasks], engine)
@@ -187,14 +216,21 @@ def train(cfg: Config) -> dict:
         # advantages, loss, one gradient step (each pass of --updates is one)
         set_advantages(rollouts)
         signal_there = any(r.advantage for r in rollouts)
-        for _ in range(cfg.updates if signal_there else 0):
+        if signal_there:
+            engine.sleep()
+            for _ in range(cfg.updates):
+                optimizer.zero_grad(set_to_none=True)
+                sums = backward(model, rollouts, len(rollouts), tokenizer.pad_token_id, cfg, device, rank(), processes())
+                grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)).item()
+                if not np.isfinite(grad_norm):
+                    raise FloatingPointError(f"the gradient of step {step + 1} is not finite; the last checkpoint is whole")
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            sums = backward(model, rollouts, len(rollouts), tokenizer.pad_token_id, cfg, device)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip, error_if_nonfinite=True).item()
-            optimizer.step()
-        clock.lap("train")
-        engine.sync(model)
-        clock.lap("sync")
+            parts = gather(sums)
+            sums = {key: (max if key == "gap_max" else sum)(part[key] for part in parts) for key in sums}
+            clock.lap("train")
+            engine.sync(whole_weights(model))
+            clock.lap("sync")
 
         # log
         total_tokens += sum(r.generated for r in generated)
@@ -208,30 +244,36 @@ def train(cfg: Config) -> dict:
             counters["no_update"] += 1
             line |= {"trained_tokens": 0} | dict.fromkeys(("loss", "entropy", "grad_norm", "gap", "gap_prefix", "gap_max"))
         starved = 0 if signal_there else starved + 1
-        if starved and starved % 5 == 0:
+        if main and starved and starved % 5 == 0:
             bar.write(f"warning: no group had variance for {starved} steps: all rewards are alike. Use easier problems or a better policy.")
         line |= {"counters": dict(counters), "seconds": {k: round(v, 4) for k, v in clock.seconds.items()}}
-        if cfg.rollouts_every and step % cfg.rollouts_every == 0:
+        if device.type == "cuda":
+            line["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of this process's trainer, at most so far
+        if main and cfg.rollouts_every and step % cfg.rollouts_every == 0:
             write_rollouts(out_dir / "rollouts.jsonl", step + 1, rollouts, generated, tasks)
 
         # evaluate and save
-        last = step + 1 == cfg.steps or stop.requested
+        stopping = any(gather(stop.requested))
+        last = step + 1 == cfg.steps or stopping
         if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             line["eval_pass_rate"] = after = held_out()
-            bar.write(f"step {step + 1}: held-out pass rate {after:.3f}, {total_tokens / 1e6:.2f} M tokens generated")
-        append(out_dir / "metrics.jsonl", line)
-        if "eval_pass_rate" in line:
-            draw_curves([out_dir], out_dir / "curve.png")
+            if main:
+                bar.write(f"step {step + 1}: held-out pass rate {after:.3f}, {total_tokens / 1e6:.2f} M tokens generated")
+        if main:
+            append(out_dir / "metrics.jsonl", line)
+            if "eval_pass_rate" in line:
+                draw_curves([out_dir], out_dir / "curve.png")
         if last or (step + 1) % cfg.save_every == 0:
             save_checkpoint(out_dir, step + 1, model, tokenizer, optimizer, total_tokens, before)
         bar.set_postfix_str(f"pass {line['pass_base'] if line['pass_base'] is not None else line['pass_suffix']:.2f}, {total_tokens / 1e6:.2f} M tokens")
-        if stop.requested:
-            bar.close()
-            print(f"stopped after step {step + 1}; go on with: python srpo.py --resume {out_dir}")
+        if stopping:
             break
     bar.close()
-    print(f"held-out pass rate {before:.3f} -> {after:.3f} in {total_tokens / 1e6:.2f} M generated tokens and {time.time() - start_time:.0f} s")
-    print(f"run directory: {out_dir}  (curve.png, metrics.jsonl, rollouts.jsonl, checkpoints/)")
+    if main:
+        if stopping:
+            print(f"stopped after step {step + 1}; go on with: {command()} --resume {out_dir}")
+        print(f"held-out pass rate {before:.3f} -> {after:.3f} in {total_tokens / 1e6:.2f} M generated tokens and {time.time() - start_time:.0f} s")
+        print(f"run directory: {out_dir}  (curve.png, metrics.jsonl, rollouts.jsonl, checkpoints/)")
     return {"before": before, "after": after, "out_dir": str(out_dir)}
 
 
@@ -279,6 +321,88 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------- processes, shards, adapters
+
+
+def connect() -> tuple[torch.device, bool]:
+    """Joins the processes that torchrun started, NCCL between GPUs and Gloo between CPUs: (this process's device, whether the model is
+    to be sharded). One GPU is a shard of its own: bf16 compute on float32 master weights is then the same code as on many."""
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} there); lower --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(local)
+    sharded = cuda or processes() > 1
+    if sharded and not dist.is_initialized():
+        alone = {} if processes() > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)  # a phase may be that uneven
+    return torch.device("cuda", local) if cuda else torch.device("cpu"), sharded
+
+
+def on_main(action, *args):
+    """What action(*args) returns, done by the first process and told to all of them; its UserError too."""
+    if processes() == 1:
+        return action(*args)
+    told = [None]
+    if rank() == 0:
+        try:
+            told = [action(*args)]
+        except UserError as fault:
+            told = [fault]
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], UserError):
+        raise told[0]
+    return told[0]
+
+
+def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
+    """Makes the loaded model the one that is trained, in place: adapters, gradient checkpointing, shards (FSDP2: each layer, then the rest).
+
+    Gradients of a sharded model are summed over processes, in float32: `token_weights` already hold 1/N of the whole step."""
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if cfg.lora_rank:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise UserError("--lora_rank needs the peft library: pip install peft")
+        inject_adapter_in_model(LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear"), model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if cfg.grad_checkpointing:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if not sharded:
+        return
+    mesh = init_device_mesh(device.type, (processes(),))
+    mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
+    for part in (*layers, model):  # moves it to the device, one part at a time
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**mixed))
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    model.chosen_logps = MethodType(chosen_logps, model)  # bypasses model.forward, so that the head runs only where it must
+    register_fsdp_forward_method(model, "chosen_logps")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in one piece: gathered from all processes if it is sharded (every process must call it)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model):
+    """(name as in a Hugging Face checkpoint, tensor) of every parameter, whole, one at a time, adapters merged into what they adapt."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight = whole(parameter)
+        if name.endswith(".base_layer.weight"):
+            layer = model.get_submodule(name.removesuffix(".base_layer.weight").removesuffix("."))
+            delta = whole(layer.lora_B["default"].weight) @ whole(layer.lora_A["default"].weight) * layer.scaling["default"]
+            weight = weight + (delta.T if layer.fan_in_fan_out else delta).to(weight.dtype)
+        yield name.replace(".base_layer.", "."), weight
 
 
 # ------------------------------------------------------------------------------------------------------------------- metrics
@@ -362,14 +486,16 @@ def find_run(cfg: Config) -> tuple[Path, Path | None]:
     return out_dir, None
 
 
-def open_run(cfg: Config, out_dir: Path, checkpoint: Path | None) -> None:
-    """Writes config.json, or, of a run that is resumed, drops what was logged after the checkpoint: those steps are done again."""
+def open_run(cfg: Config, out_dir: Path, checkpoint: Path | None) -> float | None:
+    """Writes config.json, or, of a run that is resumed, drops what was logged after the checkpoint: those steps are done again.
+    Returns the last held-out pass rate that was logged, if any."""
     if cfg.resume:
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             truncate(out_dir / name, int(checkpoint.name.removeprefix("step_")) if checkpoint else -1)
         for rest in (out_dir / "checkpoints").glob("tmp-*"):
             shutil.rmtree(rest)
-        return
+        rates = [line["eval_pass_rate"] for line in read_run(out_dir)[1] if "eval_pass_rate" in line] if checkpoint else []
+        return rates[-1] if rates else None
     describe = ["git", "describe", "--always", "--dirty"]
     git = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -390,24 +516,51 @@ def truncate(path: Path, step: int) -> None:
 
 
 def save_checkpoint(out_dir: Path, step: int, model, tokenizer, optimizer, total_tokens: int, before: float) -> None:
-    """checkpoints/step_N: a Hugging Face folder, trainer.pt, and manifest.json with the SHA-256 of every file.
-
-    Written beside its place and then renamed, so a kill leaves the last whole checkpoint. The last two are kept."""
+    """checkpoints/step_N: a Hugging Face folder (adapters merged; bf16 on a GPU), state/ with what training goes on from (trained
+    parameters and optimizer, torch.distributed.checkpoint: any number of processes can read it), trainer.json, and manifest.json with the
+    SHA-256 of every file. Written beside its place and then renamed, so a kill leaves the last whole checkpoint. The last two are kept."""
     folder = out_dir / "checkpoints"
     temporary = folder / f"tmp-step_{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    state = {"step": step, "total_tokens": total_tokens, "before": before, "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
-    torch.save(state, temporary / "trainer.pt")
-    manifest = {file.name: digest(file) for file in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    place = folder / f"step_{step}"
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(temporary, place)
-    for old in sorted(folder.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))[:-2]:
-        shutil.rmtree(old)
+
+    def begin():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish():
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "trainer.json").write_text(json.dumps({"step": step, "total_tokens": total_tokens, "before": before}))
+        manifest = {str(file.relative_to(temporary)): digest(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        place = folder / f"step_{step}"
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(temporary, place)
+        for old in sorted(folder.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))[:-2]:
+            shutil.rmtree(old)
+
+    on_main(begin)
+    dcp.save(training_state(model, optimizer), checkpoint_id=temporary / "state", no_dist=processes() == 1)
+    weights = {}
+    for name, weight in whole_weights(model):
+        if rank() == 0:
+            weights[name] = weight.to("cpu", torch.bfloat16 if weight.is_cuda else weight.dtype)
+    on_main(finish)
+
+
+def training_state(model, optimizer) -> dict:
+    """Trained parameters and optimizer state by parameter name; sharded where the model is."""
+    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    return {"model": weights, "optimizer": moments}
+
+
+def load_checkpoint(checkpoint: Path, model, optimizer) -> tuple[int, int, float]:
+    """Puts model and optimizer where they were, and returns (steps done, tokens generated, first pass rate)."""
+    state = training_state(model, optimizer)
+    dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=processes() == 1)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen parameters are not in it
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
+    trainer = json.loads((checkpoint / "trainer.json").read_text())
+    return trainer["step"], trainer["total_tokens"], trainer["before"]
 
 
 def digest(path: Path) -> str:
@@ -427,8 +580,8 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
         damaged = [name for name, sha in manifest.items() if digest(checkpoint / name) != sha]
     except (OSError, json.JSONDecodeError) as fault:
         raise UserError(f"{checkpoint} is damaged ({fault}); {advice}")
-    if damaged or "trainer.pt" not in manifest:
-        raise UserError(f"{checkpoint} is damaged ({', '.join(damaged) or 'no trainer.pt'} is not what was saved); {advice}")
+    if damaged or "trainer.json" not in manifest:
+        raise UserError(f"{checkpoint} is damaged ({', '.join(damaged) or 'no trainer.json'} is not what was saved); {advice}")
     return checkpoint
 
 
@@ -459,13 +612,22 @@ def parse(argv: list[str]) -> Config:
     return resumed.resolve()
 
 
+def command() -> str:
+    """How this program was started, for messages that say how to go on."""
+    return "python srpo.py" if processes() == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)} srpo.py"
+
+
 def main(argv: list[str]) -> None:
     """Trains; a UserError becomes one line on stderr and exit code 2."""
     try:
         train(parse(argv))
     except UserError as fault:
+        if rank() > 0:
+            time.sleep(5)  # where all processes fail alike, the first one's line is enough: torchrun ends the others meanwhile
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
+    if processes() > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

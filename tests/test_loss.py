@@ -177,6 +177,26 @@ def test_gradient_does_not_depend_on_row_order_or_parts(policy, step, reference)
     assert (gradients(policy, in_parts) - reference).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("ranks, micro_batch", [(2, 3), (3, 16), (7, 1000)])
+def test_gradient_is_the_sum_over_processes(policy, step, reference, ranks, micro_batch):
+    """Whatever their number, and though the rows divide evenly by none of them; all run as many forwards, of rows of their own."""
+    forwards, sums = [], []
+
+    def of_all():
+        for rank in range(ranks):
+            runs = []
+            handle = policy.model.base_model.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+            sums.append(backward(policy.model, step, len(step), 0, settings(micro_batch=micro_batch), rank=rank, ranks=ranks))
+            handle.remove()
+            forwards.append(len(runs))
+
+    assert (gradients(policy, of_all) - reference).abs().max() < 1e-5
+    assert len(set(forwards)) == 1
+    alone = backward(policy.model, step, len(step), 0, settings())
+    for key in ("loss", "tokens", "entropy", "gap"):
+        assert sum(s[key] for s in sums) == pytest.approx(alone[key], abs=1e-4, rel=1e-4)
+
+
 @pytest.mark.parametrize("pad_left, extra", [(True, 0), (False, 9), (True, 9)])
 def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_left, extra):
     def padded():

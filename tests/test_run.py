@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import srpo
 from conftest import POLICY, ROOT
 
-TINY = "--steps 2 --prompts_per_step 6 --train_data chain-5 --eval_data chain-5 --eval_problems 8 --eval_samples 1 --save_every 1 --rollouts_every 1".split()
+TINY = "--engine hf --steps 2 --prompts_per_step 6 --train_data chain-5 --eval_data chain-5 --eval_problems 8 --eval_samples 1 --save_every 1 --rollouts_every 1".split()
 
 
 def run(*args, **kwargs):
@@ -63,7 +63,7 @@ def weights(out, step):
     return (out / "checkpoints" / f"step_{step}" / "model.safetensors").read_bytes()
 
 
-LONGER = [*TINY[2:], "--steps", "5", "--seed", "3", "--eval_every", "0"]
+LONGER = [*TINY, "--steps", "5", "--seed", "3", "--eval_every", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,8 @@ def untouched(tmp_path):
         ("--method grpo --base 1", "at least 2 trained rollouts"),
         ("--method rrpo --localizer verifier", "rrpo resets at random"),
         ("--train_data {tmp}/good.jsonl --localizer verifier", "needs a step checker"),
-        ("--engine vllm", "vllm is not built yet"),
+        ("--tp 2", "--tp 2 must divide the number of processes, 1"),
+        ("--engine_memory 0", "--engine_memory must be in (0, 1]"),
         ("--model {tmp}/nothing", "cannot be loaded"),
         ("--model {tmp}", "cannot be loaded"),
         ("--model {tmp}/no_pad", "its tokenizer has no pad token"),
@@ -205,6 +206,15 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys, untouched, flags, complai
         (tmp_path / "no_pad" / "tokenizer_config.json").write_text(json.dumps(config))
     line = refused(capsys, *TINY, *flags.replace("{tmp}", str(tmp_path)).split(), "--out_dir", untouched)
     assert complaint in line and "\n" not in line
+
+
+def test_without_vllm(tmp_path, capsys, monkeypatch, untouched):
+    """auto says why it takes transformers; asking for vLLM itself is refused before anything is written."""
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    line = refused(capsys, *TINY, "--engine", "vllm", "--out_dir", untouched)
+    assert "--engine vllm: vLLM cannot be used: ModuleNotFoundError" in line and "use --engine hf" in line and "\n" not in line
+    srpo.main([*TINY, "--engine", "auto", "--steps", "1", "--out_dir", str(tmp_path / "auto")])
+    assert capsys.readouterr().out.startswith("engine: hf (vLLM cannot be used: ModuleNotFoundError")
 
 
 def test_unwritable_out_dir(tmp_path, capsys):
@@ -233,7 +243,7 @@ def test_resume_from_a_damaged_or_foreign_checkpoint(tmp_path, capsys, uninterru
         content[len(content) // 2] ^= 1
         (newest / "model.safetensors").write_bytes(content)
     elif damage == "missing":
-        (newest / "trainer.pt").unlink()
+        (newest / "trainer.json").unlink()
     elif damage == "manifest":
         (newest / "manifest.json").write_text("{")
     else:
@@ -268,6 +278,6 @@ def test_help_explains_every_setting():
 
 def test_training_learns(tmp_path, capsys):
     """Two dozen steps on an easier chain lift the held-out pass rate well beyond chance."""
-    srpo.main("--train_data chain-4 --eval_data chain-4 --steps 24 --lr 1e-3 --eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0 --out_dir".split() + [str(tmp_path / "run")])
+    srpo.main("--engine hf --train_data chain-4 --eval_data chain-4 --steps 24 --lr 1e-3 --eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0 --out_dir".split() + [str(tmp_path / "run")])
     before, *_, after = lines_of(Path(tmp_path) / "run" / "metrics.jsonl")
     assert after["eval_pass_rate"] > before["eval_pass_rate"] + 0.1

@@ -1,0 +1,139 @@
+"""Several processes: a real torchrun of two on the CPU is the run of one process; checkpoints go from one to the other; a death ends it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import srpo
+from conftest import POLICY, ROOT
+from test_run import lines_of
+
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2"]
+# 7 prompts and micro-batches of 3 rows divide by 2 nowhere
+SMALL = "--engine hf --prompts_per_step 7 --micro_batch 3 --train_data chain-5 --eval_data chain-5 --eval_problems 9 --eval_samples 2 --save_every 1".split()
+METHODS = {
+    "grpo": "--method grpo --steps 2",
+    "rrpo": "--method rrpo --steps 2",
+    "srpo": "--steps 3",
+    "fresh": "--split 2x4 --seed_source fresh --localizer verifier --mask_prefix false --clip 0.2 --updates 2 --steps 2",
+    "one_prompt": "--prompts_per_step 1 --steps 3 --localizer oracle --oracle_samples 2",  # the second process has nothing to sample
+    "checkpointing": "--grad_checkpointing true --steps 2",
+}
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every method in one process, and in two: folder with METHOD-1 and METHOD-2."""
+    folder = tmp_path_factory.mktemp("processes")
+    jobs = {n: [[*SMALL, *flags.split(), "--out_dir", f"{folder}/{name}-{n}"] for name, flags in METHODS.items()] for n in (1, 2)}
+    script = folder / "jobs.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport srpo\nfor job in {jobs[2]!r}:\n    srpo.train(srpo.parse(job))\n")
+    done = subprocess.run([*TORCHRUN, script], capture_output=True, text=True, timeout=200, env=environment())
+    assert done.returncode == 0, done.stderr[-6000:]
+    for job in jobs[1]:
+        srpo.main(job)
+    return folder
+
+
+def weights(out, step):
+    return load_file(out / "checkpoints" / f"step_{step}" / "model.safetensors")
+
+
+def distance(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_are_one(runs, method):
+    """Same rollouts, same metrics, same parameters: each process sampled its share, trained on its share, and nothing was counted twice."""
+    one, two = runs / f"{method}-1", runs / f"{method}-2"
+    assert lines_of(one / "rollouts.jsonl") == lines_of(two / "rollouts.jsonl")
+    steps = lines_of(one / "metrics.jsonl")[-1]["step"]
+    assert distance(weights(one, steps), weights(two, steps)) < 1e-5
+    assert distance(weights(one, steps), load_file(POLICY / "model.safetensors")) > 5e-4  # it did train
+    for a, b in zip(lines_of(one / "metrics.jsonl"), lines_of(two / "metrics.jsonl"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds"}:
+            close = pytest.approx(b[key], abs=1e-4, rel=1e-3) if isinstance(b[key], float) else b[key]
+            assert a[key] == close, key
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_a_checkpoint_resumes_in_another_number_of_processes(tmp_path, runs, first, then):
+    out = tmp_path / "run"
+
+    def run(n, *flags):
+        start = TORCHRUN if n == 2 else [sys.executable]
+        done = subprocess.run([*start, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=200, env=environment())
+        assert done.returncode == 0, done.stderr[-6000:]
+
+    run(first, *SMALL, "--steps", "2", "--out_dir", out)
+    run(then, "--resume", out, "--steps", "3")
+    assert distance(weights(out, 3), weights(runs / "srpo-1", 3)) < 1e-5
+    assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_a_dead_process_ends_the_job(tmp_path):
+    process = subprocess.Popen([*TORCHRUN, ROOT / "srpo.py", *SMALL, "--steps", "1000", "--out_dir", tmp_path / "run"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, stderr = process.communicate(timeout=90)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0 and re.search(r"rank\s+: 1 .*\n.*exitcode\s+: -9", stderr)
+    for pid in children:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_ctrl_c_saves_in_every_process(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([*TORCHRUN, ROOT / "srpo.py", *SMALL, "--steps", "1000", "--save_every", "500", "--out_dir", out],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())  # fmt: skip
+    while not (out / "metrics.jsonl").exists() or len(lines_of(out / "metrics.jsonl")) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert f"go on with: torchrun --nproc_per_node=2 srpo.py --resume {out}" in stdout
+    (checkpoint,) = (out / "checkpoints").glob("step_*")
+    assert lines_of(out / "metrics.jsonl")[-1]["step"] == int(checkpoint.name.removeprefix("step_"))
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [("--train_data none.jsonl", "none.jsonl: no such data file"), ("--tp 3", "--tp 3 must divide the number of processes, 2"), ("--out_dir /proc/run", "cannot write to")],
+)
+def test_bad_input_is_said_once(tmp_path, flags, complaint):
+    flags = [*SMALL, "--out_dir", tmp_path / "run", *flags.split()]
+    done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=100, env=environment())
+    said = [line for line in done.stderr.splitlines() if line.startswith("srpo.py: ")]
+    assert done.returncode != 0 and len(said) == 1 and complaint in said[0] and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in done.stderr
+
+
+def test_the_model_that_is_trained_is_the_one_that_was_loaded(policy):
+    """whole_weights names and orders what a Hugging Face checkpoint holds; one process passes its own tensors on, uncopied."""
+    streamed = dict(srpo.whole_weights(policy.model))
+    assert streamed.keys() == load_file(POLICY / "model.safetensors").keys()
+    assert all(weight.data_ptr() == policy.model.get_parameter(name).data_ptr() for name, weight in streamed.items())
+    assert not any(isinstance(weight, torch.distributed.tensor.DTensor) for weight in streamed.values())
+    json.dumps(list(streamed))
