@@ -3,10 +3,11 @@
 SRPO steps 1, 2 and 4 ("Credit Assignment with Resets in Language Model Reasoning", arXiv 2605.25507): base group, seed, reset state,
 suffix group. The data flow of one training step:
 
-    problem -> program yields Requests -> `run_programs` puts the requests of ALL problems into one batch -> engine samples token ids,
+    problem -> program yields Requests -> `run_programs` gives the requests of ALL problems to one engine -> it samples token ids,
     a `ThoughtTracker` cuts them into thoughts -> graded `Rollout`s go back into the program -> its return value is what is trained on
 
-Two engines with one interface, `sample`, `sleep` and `sync`: `HFEngine` (transformers, everywhere) and `VLLMEngine` (vLLM, for speed).
+Two engines with one interface: `HFEngine` (transformers, everywhere) samples all that is waiting as one batch, `VLLMEngine` (vLLM, for
+speed) lets problems go on to localization and suffixes while others still sample their base group.
 With several processes each engine takes its share of the programs, and every process gets all rollouts.
 
 A method is a generator for ONE problem that reads like the paper's algorithm box (`grpo` and `resets` below); to add an idea, add one
@@ -14,7 +15,7 @@ such function. State is token ids from end to end: text is decoded for graders, 
 
 Departures from the paper's released code: the base group stays i.i.d. (a seed is read from it, not taken out of it), reset groups
 are never topped up from another state, every generated token is kept and counted, and all randomness is a function of the seed.
-Left out: sampling without a barrier between phases (base, localization, suffix): it did not measure 10% faster (README).
+Left out: speculative decoding, and keeping the KV cache of a seed for its suffixes beyond what vLLM's prefix cache does.
 
 Try it alone:  python rollout.py        # samples a base group from the embedded policy and prints the cut thoughts
 """
@@ -281,38 +282,47 @@ PROGRAMS = {"grpo": grpo, "rrpo": resets, "srpo": resets}
 
 
 def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], Counter]:
-    """Runs all programs together: what they wait for goes to the engine as one batch, until the last one has returned.
+    """Runs all programs together: each goes on as soon as what it waits for has been sampled.
 
     With several processes each runs the share of its engine (every n-th program), and all of them get the results of all.
     Returns ([each program's return value], [every rollout that was generated, for counting costs], seconds by purpose, for "grade", and
-    for "wait", until the slowest process was done; the seconds of a batch are shared out by its generated tokens)."""
+    for "wait", until the slowest process was done; seconds of sampling are shared out by generated tokens)."""
     share, shares = engine.share
-    inbox = dict.fromkeys(range(share, len(programs), shares))  # program -> what to send it
-    done, generated = {}, {i: [] for i in inbox}  # by program
-    seconds, faults = Counter(), counters.copy()
-    while inbox:
-        waiting: dict[int, list[Request]] = {}
-        for i, answer in inbox.items():
-            try:
-                waiting[i] = programs[i].send(answer)
-            except StopIteration as end:
-                done[i] = end.value
-        requests = [request for batch in waiting.values() for request in batch]
+    done, generated, waiting, owner = {}, {}, {}, {}  # by program, and by ticket: (program, place in what it waits for, request)
+    seconds, tokens, faults = Counter(), Counter(), counters.copy()
+
+    def advance(i: int, answer) -> None:
+        try:
+            requests = programs[i].send(answer)
+            while not requests:
+                requests = programs[i].send([])
+        except StopIteration as end:
+            done[i] = end.value
+        else:
+            waiting[i] = [None] * len(requests)
+            owner.update({engine.start(request): (i, place, request) for place, request in enumerate(requests)})
+
+    for i in range(share, len(programs), shares):
+        generated[i] = []
+        advance(i, None)
+    while owner:
         start = time.perf_counter()
-        answers = engine.sample(requests)
+        finished = engine.finished()
         sampled = time.perf_counter()
-        tokens = Counter()
-        for request, rollouts in zip(requests, answers):
+        seconds["sample"] += sampled - start
+        for ticket, rollouts in finished:
+            i, place, request = owner.pop(ticket)
             for rollout in rollouts:
                 rollout.reward = request.grade(rollout.text) if request.grade else None
             tokens[request.purpose] += sum(r.generated for r in rollouts)
-        for purpose, n in tokens.items():
-            seconds[purpose] += (sampled - start) * n / tokens.total()
+            waiting[i][place] = rollouts
         seconds["grade"] += time.perf_counter() - sampled
-        answer = iter(answers)
-        inbox = {i: [next(answer) for _ in batch] for i, batch in waiting.items()}
-        for i, groups in inbox.items():
+        for i in sorted(i for i, groups in waiting.items() if None not in groups):
+            groups = waiting.pop(i)
             generated[i] += [rollout for group in groups for rollout in group]
+            advance(i, groups)
+    sampling = seconds.pop("sample", 0.0)
+    seconds.update({purpose: sampling * n / tokens.total() for purpose, n in tokens.items()})
     start = time.perf_counter()
     parts = gather((done, generated, counters - faults) if engine.speaks else ({}, {}, Counter()))
     counters.clear()
@@ -341,10 +351,37 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-# -------------------------------------------------------------------------------------------------------------------- engine
+# ------------------------------------------------------------------------------------------------------------------- engines
 
 
-class HFEngine:
+class Engine:
+    """What samples. `start` takes a request and gives a ticket; `finished` samples until requests are complete, and gives their rollouts.
+
+    share: (k, n), it takes every n-th program from the k-th on. speaks: whether it reports them (of engines that run the same ones, one)."""
+
+    tickets = 0
+
+    def ticket(self) -> int:
+        self.tickets += 1
+        return self.tickets
+
+    def start(self, request: Request) -> int: ...
+
+    def finished(self) -> list[tuple[int, list[Rollout]]]: ...
+
+    def sleep(self) -> None: ...  # before training: gives memory back
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...  # after a step: the trainer's weights by name, whole
+
+    def sample(self, requests: list[Request]) -> list[list[Rollout]]:
+        """request.n rollouts for each request, ungraded."""
+        tickets, answers = [self.start(request) for request in requests], {}
+        while len(answers) < len(tickets):
+            answers.update(self.finished())
+        return [answers[ticket] for ticket in tickets]
+
+
+class HFEngine(Engine):
     """Samples with a transformers model in this process: KV cache, one prefill per state, finished rows leave the batch.
 
     In a run of one CPU process it holds the trainer's own model, and `sync` has nothing to copy; where the trainer's is sharded it holds
@@ -358,33 +395,37 @@ class HFEngine:
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.pad = tokenizer.pad_token_id
         self.share = (rank(), processes())
-
-    def sleep(self) -> None:
-        """Before training: it holds no memory between calls that it could give back."""
+        self.queue: dict[int, Request] = {}
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """After an optimizer step. `weights`: the trainer's, whole, by name, one after the other."""
+        """Takes the weights where it has a model of its own; the trainer's own model needs nothing."""
         if self.copies:
             mine = dict(self.model.named_parameters())
             for name, weight in weights:
                 mine[name].data.copy_(weight)
 
-    def sample(self, requests: list[Request]) -> list[list[Rollout]]:
-        """request.n rollouts for each request, ungraded. Requests of like length share a batch of at most `max_rows` rows."""
-        answers: list[list[Rollout]] = [[] for _ in requests]
-        rows = [(k, i) for k, request in enumerate(requests) for i in range(request.n)]
+    def start(self, request: Request) -> int:
+        ticket = self.ticket()
+        self.queue[ticket] = request
+        return ticket
+
+    def finished(self) -> list[tuple[int, list[Rollout]]]:
+        """All that was started. Requests of like length share a batch of at most `max_rows` rows."""
+        requests, self.queue = self.queue, {}
+        answers = {ticket: [] for ticket in requests}
+        rows = [(ticket, i) for ticket, request in requests.items() for i in range(request.n)]
         rows.sort(key=lambda row: (len(requests[row[0]].prompt_ids) + len(requests[row[0]].prefix_ids), row))
         training = self.model.training
         self.model.eval()
         for at in range(0, len(rows), self.max_rows):
             batch = rows[at : at + self.max_rows]
-            for (k, _), rollout in zip(batch, self._sample_batch(requests, batch)):
-                answers[k].append(rollout)
+            for (ticket, _), rollout in zip(batch, self._sample_batch(requests, batch)):
+                answers[ticket].append(rollout)
         self.model.train(training)
-        return answers
+        return list(answers.items())
 
     @torch.inference_mode()
-    def _sample_batch(self, requests: list[Request], rows: list[tuple[int, int]]) -> list[Rollout]:
+    def _sample_batch(self, requests: dict[int, Request], rows: list[tuple[int, int]]) -> list[Rollout]:
         device = self.model.device
         states = list(dict.fromkeys(k for k, _ in rows))  # each state is prefilled once, whatever its n
         contexts = [requests[k].prompt_ids + requests[k].prefix_ids for k in states]
@@ -451,11 +492,11 @@ def draw(logits, temperature, top_p, u):
     return tokens, logps.gather(1, tokens[:, None])[:, 0]
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """Samples with vLLM, in this process: paged KV cache, a prefix cache that the n continuations of a state share, continuous batching.
 
-    One batch per call, stepped token by token: each row has the same `ThoughtTracker` as in `HFEngine`, and is ended when it says so, at no
-    cost of a round trip per thought. Token ids go in and come out; vLLM decodes no text. Every request has its own seed.
+    Stepped token by token: each row has the same `ThoughtTracker` as in `HFEngine`, and is ended when that says so, without a round trip
+    per thought. Token ids go in and come out; vLLM decodes no text. Every request has its own seed.
     Under torchrun every process has an engine of its own, or `tp` neighbours share one by tensor parallelism: then all of them run
     the same programs, in step, and the first one speaks for them. Raises what vLLM raises where it cannot be built (`make_engine`)."""
 
@@ -489,34 +530,45 @@ class VLLMEngine:
         self.share, self.speaks = (rank() // tp, processes() // tp), rank() % tp == 0
         self.tied = model.config.get_text_config().tie_word_embeddings
         self.awake = True
+        self.under_way: dict[int, tuple[Request, str, list]] = {}  # by ticket
         self.params = lambda r: SamplingParams(
             n=r.n, seed=r.seed, temperature=r.temperature, top_p=r.top_p, max_tokens=r.max_tokens, stop_token_ids=sorted(self.vocabulary.eos),
             logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
 
-    def sample(self, requests: list[Request]) -> list[list[Rollout]]:
-        """request.n rollouts for each request, ungraded. Log-probs are at the sampling temperature, after top_p truncation."""
-        engine = self.llm.llm_engine
-        trackers = [[ThoughtTracker(self.vocabulary, r) for _ in range(r.n)] for r in requests]
-        logps = [[list(r.prefix_logps) for _ in range(r.n)] for r in requests]
-        names = [engine.add_request(str(k), {"prompt_token_ids": r.prompt_ids + r.prefix_ids}, self.params(r)) for k, r in enumerate(requests)]
-        while engine.has_unfinished_requests():
-            over = []
+    def start(self, request: Request) -> int:
+        ticket = self.ticket()
+        rows = [(ThoughtTracker(self.vocabulary, request), list(request.prefix_logps)) for _ in range(request.n)]
+        name = self.llm.llm_engine.add_request(str(ticket), {"prompt_token_ids": request.prompt_ids + request.prefix_ids}, self.params(request))
+        self.under_way[ticket] = request, name, rows
+        return ticket
+
+    def finished(self) -> list[tuple[int, list[Rollout]]]:
+        """Steps until at least one request is complete. Log-probs are at the sampling temperature, after top_p truncation."""
+        engine, complete = self.llm.llm_engine, []
+        while not complete:
+            over = []  # vLLM's names of the rows that it is to stop
             for output in engine.step():
-                k = int(output.request_id)
+                request, name, rows = self.under_way[int(output.request_id)]
                 for new in output.outputs:  # the next token of row new.index
-                    tracker = trackers[k][new.index]
+                    tracker, logps = rows[new.index]
                     for token, logp in zip(new.token_ids, new.logprobs.logprobs):
                         if tracker.finish is None:
                             tracker.push(token)
-                            logps[k][new.index].append(logp)
+                            logps.append(logp)
                     if new.finish_reason and tracker.finish is None:
-                        raise RuntimeError(f"vLLM ended a response ({new.finish_reason}, {new.stop_reason}) that is not over: {requests[k]}")
+                        raise RuntimeError(f"vLLM ended a response ({new.finish_reason}, {new.stop_reason}) that is not over: {request}")
                     if tracker.finish and not new.finish_reason:
-                        over.append(names[k] if requests[k].n == 1 else f"{new.index}_{names[k]}")
+                        over.append(name if request.n == 1 else f"{new.index}_{name}")
+                if all(tracker.finish for tracker, _ in rows) and int(output.request_id) not in complete:
+                    complete.append(int(output.request_id))
             engine.abort_request(over, internal=True)
-        engine.abort_request(names, internal=True)  # what vLLM still keeps about requests whose rows were ended
-        return [[as_rollout(r, t, lp, self.vocabulary) for t, lp in zip(*rows)] for r, *rows in zip(requests, trackers, logps)]
+        answers = []
+        for ticket in complete:
+            request, name, rows = self.under_way.pop(ticket)
+            engine.abort_request([name], internal=True)  # what vLLM still keeps about a request whose rows were stopped
+            answers.append((ticket, [as_rollout(request, *row, self.vocabulary) for row in rows]))
+        return answers
 
     def sleep(self) -> None:
         """Before training: gives weights and KV cache back to the GPU. `sync` wakes it."""
