@@ -3,16 +3,18 @@
     python eval.py pass --model DIR --data chain-12 --samples 8       # pass@1 with a 95% interval over problems, and pass@k
     python eval.py curves RUN_DIR [RUN_DIR...] --out curves.png       # learning curves; runs that differ only in their seed become mean and spread
     python eval.py card --model data/policy --write                   # the model card of the embedded policy, measured
-    python eval.py throughput --model data/policy                     # tokens per second, beside transformers' own generate
+    python eval.py throughput --model data/policy                     # tokens per second of the engines, beside transformers' own generate
     python eval.py phases RUN_DIR [RUN_DIR...]                        # seconds per step by phase
 
 Left out: public benchmarks and the HTML report.
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -20,11 +22,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 
 from data.problems import DELIMITER, UserError, counters, generate_chains, load_problems
 from localize import by_self
-from rollout import HFEngine, Task, encode_question, load_policy, run_programs
+from rollout import HFEngine, Task, encode_question, load_policy, make_engine, resets, run_programs
 
 # ------------------------------------------------------------------------------------------------------------------ pass rate
 
@@ -284,34 +286,80 @@ def command_card(args) -> None:
 
 
 def command_throughput(args) -> None:
-    """Generated tokens per second of HFEngine and of transformers' generate: same prompts, same stops (of the embedded policy), in turns."""
-    model, tokenizer, engine, context = load(args)
-    problems = load_problems(args.data, seed=1)[: args.problems]
-    tasks = make_tasks(problems, tokenizer, engine, context)
+    """Generated tokens per second of the engines and of transformers' generate: same prompts, same stops (of the embedded policy), in turns.
+    With vLLM also: a step of SRPO with and without a barrier between its phases, and the time of a weight sync."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.layers:
+            save_random_policy(folder, args.model, args.layers, args.width)
+        model, tokenizer = load_policy(folder if args.layers else args.model)
+        context = model.config.max_position_embeddings
+        engine = make_engine(args.engine, folder if args.layers else args.model, model, tokenizer, context, max_rows=256)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tasks = make_tasks(load_problems(args.data, seed=1)[: args.problems], tokenizer, engine, context, base=4, prefixes=1, suffixes=4, seed_source="base",
+                       seed_choice="first", max_seed_draws=8, localize_tokens=256, max_tokens_per_thought=16)  # fmt: skip
     prompts = [t.prompt_ids for t in tasks for _ in range(args.samples)]
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = (ids != tokenizer.pad_token_id).long()
-    model.eval()
     end = torch.tensor([tokenizer.convert_tokens_to_ids(word) for word in ("}", DELIMITER)], device=model.device)
-    stop = StoppingCriteriaList([lambda ids, scores: (ids[:, -2:] == end).all(1)])
-    speeds = {"engine": [], "generate": []}
-    for repeat in range(args.repeats + 1):
-        requests = [t.request("base", args.samples) for t in tasks]
-        start = time.perf_counter()
-        rollouts = [r for group in engine.sample(requests) for r in group]
-        ours = sum(r.generated for r in rollouts) / (time.perf_counter() - start)
+    sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, stopping_criteria=StoppingCriteriaList([lambda ids, _, **kw: (ids[:, -2:] == end).all(1)]))
+    longest = 0
+
+    def sample(engine):
+        nonlocal longest
+        rollouts = [r for group in engine.sample([t.request("base", args.samples) for t in tasks]) for r in group]
         longest = max(r.generated for r in rollouts)
+        return sum(r.generated for r in rollouts)
+
+    def generate():
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=longest, **sampling)
+        return int((out[:, width:] != tokenizer.pad_token_id).sum())
+
+    def step(engine):
+        for i, task in enumerate(tasks):
+            task.rng = np.random.default_rng(i)  # the same step each time
+        if engine.name == "vllm":
+            engine.llm.reset_prefix_cache()
+        return sum(r.generated for r in run_programs([resets(t) for t in tasks], engine)[1])
+
+    contenders = {"hf engine": lambda: sample(HFEngine(model, tokenizer)), "generate": generate}
+    if engine.name == "vllm":
+        barrier = copy.copy(engine)
+        barrier.finished = lambda: [answer for _ in iter(lambda: bool(engine.under_way), False) for answer in engine.finished()]
+        contenders |= {"vllm engine": lambda: sample(engine), "srpo step": lambda: step(engine), "srpo step, with barriers": lambda: step(barrier)}
+    speeds, syncs = {name: [] for name in contenders}, []
+    model.eval()
+    for repeat in range(args.repeats + 1):  # the first is a warm-up
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            tokens = contender()
+            speeds[name] += [tokens / (time.perf_counter() - start)] if repeat else []
         start = time.perf_counter()
-        sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest, stopping_criteria=stop)
-        out = model.generate(ids, attention_mask=mask, **sampling)
-        theirs = int((out[:, width:] != tokenizer.pad_token_id).sum()) / (time.perf_counter() - start)
-        if repeat:  # the first is a warm-up
-            speeds["engine"].append(ours)
-            speeds["generate"].append(theirs)
-    ratios = np.array(speeds["engine"]) / np.array(speeds["generate"])
-    print(f"{len(prompts)} rows on {model.device}: engine {np.median(speeds['engine']):.0f} tokens/s, generate {np.median(speeds['generate']):.0f} tokens/s, "
-          f"ratio {np.median(ratios):.2f} (median of {args.repeats}, range {ratios.min():.2f}-{ratios.max():.2f})")  # fmt: skip
+        engine.sync(model.named_parameters())
+        syncs += [time.perf_counter() - start] if repeat else []
+
+    def ratio(a, b):
+        ratios = np.array(speeds[a]) / np.array(speeds[b])
+        return f"{a} / {b}: {np.median(ratios):.2f} (range {ratios.min():.2f}-{ratios.max():.2f})"
+
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(prompts)} rows, {model.device}, {torch.get_num_threads()} threads, "
+          f"medians of {args.repeats} in turns")  # fmt: skip
+    for name in contenders:
+        print(f"{name}: {np.median(speeds[name]):.0f} tokens/s")
+    print(ratio("hf engine", "generate"))
+    if engine.name == "vllm":
+        print(f"{ratio('vllm engine', 'hf engine')}\n{ratio('srpo step', 'srpo step, with barriers')}\nweight sync: {1000 * np.median(syncs):.0f} ms")
+
+
+def save_random_policy(folder: str, tokenizer: str, layers: int, width: int) -> None:
+    """A Llama with random weights and the tokenizer of another policy: of a size to measure, and with nothing to say."""
+    words = load_policy(tokenizer)[1]
+    ends = dict(eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id)
+    config = LlamaConfig(vocab_size=len(words), hidden_size=width, intermediate_size=int(2.75 * width), num_hidden_layers=layers, num_attention_heads=width // 64,
+                         head_dim=64, max_position_embeddings=1024, tie_word_embeddings=False, **ends)  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- command line
@@ -343,8 +391,11 @@ def main(argv: list[str]) -> None:
     sub.add_argument("--model", default=policy, help="folder")
     sub.add_argument("--problems", type=int, default=1024, help="held-out problems")
     sub.add_argument("--write", action="store_true", help="write the model card into the folder")
-    sub = command(command_throughput, "speed of the engine beside transformers' generate")
+    sub = command(command_throughput, "speed of the engines beside transformers' generate")
     sub.add_argument("--model", default=policy, help="folder or hub id")
+    sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="vllm or auto: measure it too")
+    sub.add_argument("--layers", type=int, default=0, help="measure a random policy of so many layers instead (0: --model itself)")
+    sub.add_argument("--width", type=int, default=512, help="its width, a multiple of 64")
     sub.add_argument("--data", default="chain-12", help="JSON-lines file or chain-K")
     sub.add_argument("--problems", type=int, default=32, help="prompts in the batch")
     sub.add_argument("--samples", type=int, default=8, help="responses of each")

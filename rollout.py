@@ -512,12 +512,13 @@ class VLLMEngine(Engine):
         self.gpu = torch.cuda.is_available()
         if self.gpu:
             settings = dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
-        else:  # measured to agree with transformers: float32 and eager
+        else:  # float32 and eager agree with transformers; with chunked prefill a seeded request fails on a CPU
             config = model.config
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             cache = 8 * config.num_hidden_layers * heads * width * context * max_rows  # bytes: key and value, float32, of every row
-            settings = dict(dtype="float32", enforce_eager=True, block_size=32, kv_cache_memory_bytes=min(max(cache, 64 << 20), 2 << 30))
+            settings = dict(dtype="float32", enforce_eager=True, block_size=32, kv_cache_memory_bytes=min(max(cache, 64 << 20), 2 << 30),
+                            enable_chunked_prefill=False, max_num_batched_tokens=max(context, 8192))  # fmt: skip
         if processes() > 1:
             settings |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=tp)
         torch_rng = torch.get_rng_state()

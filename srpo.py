@@ -173,6 +173,8 @@ def train(cfg: Config) -> dict:
     sampler = model if not sharded else copy.deepcopy(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     engine = make_engine(cfg.engine, cfg.model, sampler, tokenizer, context, cfg.max_rows, cfg.engine_memory, cfg.tp, copies=sharded)
     del sampler
+    if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
+        raise UserError("--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not give; use --engine hf or --top_p 1")
     torch.manual_seed(cfg.seed)
     prepare(model, cfg, device, sharded)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -320,7 +322,8 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+        if rank() == 0:
+            print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- processes, shards, adapters
@@ -401,7 +404,7 @@ def whole_weights(model):
         if name.endswith(".base_layer.weight"):
             layer = model.get_submodule(name.removesuffix(".base_layer.weight").removesuffix("."))
             delta = whole(layer.lora_B["default"].weight) @ whole(layer.lora_A["default"].weight) * layer.scaling["default"]
-            weight = weight + (delta.T if layer.fan_in_fan_out else delta).to(weight.dtype)
+            weight = weight.float() + (delta.T if layer.fan_in_fan_out else delta)
         yield name.replace(".base_layer.", "."), weight
 
 
@@ -626,7 +629,7 @@ def main(argv: list[str]) -> None:
             time.sleep(5)  # where all processes fail alike, the first one's line is enough: torchrun ends the others meanwhile
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
-    if processes() > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

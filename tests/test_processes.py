@@ -1,5 +1,6 @@
 """Several processes: a real torchrun of two on the CPU is the run of one process; checkpoints go from one to the other; a death ends it."""
 
+import importlib.util
 import json
 import os
 import re
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import srpo
-from conftest import POLICY, ROOT
+from conftest import POLICY, ROOT, settings
+from loss import backward, set_advantages
+from rollout import grpo, load_policy, run_programs
 from test_run import lines_of
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2"]
@@ -128,6 +132,38 @@ def test_bad_input_is_said_once(tmp_path, flags, complaint):
     done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=100, env=environment())
     said = [line for line in done.stderr.splitlines() if line.startswith("srpo.py: ")]
     assert done.returncode != 0 and len(said) == 1 and complaint in said[0] and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in done.stderr
+
+
+def test_bf16_shards_on_float32_masters(policy, monkeypatch):
+    """What a GPU runs, on a CPU of one process: bf16 compute, float32 gradients and masters, with adapters a bf16 base."""
+    tasks = policy.tasks(4, 6, base=8)
+    rollouts = [r for buffer in run_programs([grpo(t) for t in tasks], policy.engine)[0] for r in buffer]
+    for i, r in enumerate(rollouts):
+        r.reward = float(i % 3 == 0)
+    set_advantages(rollouts)
+    policy.model.zero_grad()
+    backward(policy.model, rollouts, len(rollouts), 0, settings())
+    exact = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    monkeypatch.setattr(srpo, "MixedPrecisionPolicy", lambda **_: bf16)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for lora_rank in (0, 4):
+            model, _ = load_policy(POLICY, torch.bfloat16 if lora_rank else torch.float32)
+            if lora_rank and importlib.util.find_spec("peft") is None:
+                continue
+            srpo.prepare(model, srpo.Config(lora_rank=lora_rank, grad_checkpointing=True).resolve(), torch.device("cpu"), sharded=True)
+            backward(model, rollouts, len(rollouts), 0, settings(micro_batch=5))
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            assert all(p.dtype == p.grad.dtype == torch.float32 for p in trained.values())
+            if lora_rank:
+                assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+            else:
+                for name, p in trained.items():
+                    assert (srpo.whole(p.grad) - exact[name]).norm() < 0.15 * exact[name].norm(), name
+            assert dict(srpo.whole_weights(model)).keys() == exact.keys()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_model_that_is_trained_is_the_one_that_was_loaded(policy):

@@ -35,3 +35,31 @@ def test_every_name_in_the_paper_table_exists(name):
     for part in path:
         assert hasattr(found, part) or part in getattr(found, "__dataclass_fields__", {})
         found = getattr(found, part, None)
+
+
+SHAPES = {  # Qwen2.5: parameters, layers, d, d_ff, heads, KV heads, head size, vocabulary, embeddings tied to the head
+    "0.5B": (0.494e9, 24, 896, 4864, 14, 2, 64, 151936, True),
+    "1.5B": (1.544e9, 28, 1536, 8960, 12, 2, 128, 151936, True),
+    "7B": (7.616e9, 28, 3584, 18944, 28, 4, 128, 152064, False),
+    "14B": (14.77e9, 48, 5120, 13824, 40, 8, 128, 152064, False),
+}
+
+
+def memory(name, N, R=4, L=5632, chunk=4096, rank=64):
+    """The README's formulas: (what is trained, GB while sampling beside vLLM, GB while training, thousand tokens in vLLM's cache)."""
+    P, layers, d, d_ff, heads, kv_heads, size, V, tied = SHAPES[name]
+    E = V * d * (1 if tied else 2)
+    P_layer = (P - E) / layers
+    r = rank * layers * (4 * d + 2 * (d + kv_heads * size) + 3 * (d + d_ff))
+    activations = 2 * R * L * (layers * d + 6 * d + 2 * (heads + 2 * kv_heads) * size + 4 * d_ff) + 12 * chunk * V
+    cache = (0.5 * 80e9 - 2 * P) / (4 * layers * kv_heads * size)
+    full = 12 * P / N, 16 * P / N + 8 * E + 10 * P_layer + activations
+    lora = (2 * P + 12 * r) / N, (2 * P + 16 * r) / N + 2 * E + 4 * P_layer + activations
+    for what, (sampling, training) in (("all weights", full), ("LoRA", lora)):
+        if sampling + 0.5 * 80e9 < 76e9 and training < 76e9:  # 4 GB for what a framework takes
+            return f"{what} {sampling / 1e9:.0f} / {training / 1e9:.0f} ({cache / 1e3:,.0f}k)"
+
+
+def test_the_memory_table_is_its_formula():
+    for name in SHAPES:
+        assert f"| {name} | " + " | ".join(memory(name, N) for N in (1, 2, 4, 8)) + " |" in README

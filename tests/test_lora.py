@@ -1,0 +1,75 @@
+"""Adapters (the optional peft library): only they are trained, checkpoints hold the merged policy, and everything else is as without them."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import srpo
+from conftest import POLICY, ROOT
+from rollout import load_policy
+from test_processes import TORCHRUN, distance, environment, weights
+from test_run import TINY, lines_of
+
+if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
+    pytest.importorskip("peft", reason="peft is not installed; see Install in README.md")
+
+FLAGS = [*TINY, "--lora_rank", "4", "--lr", "1e-2", "--eval_every", "0"]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("lora") / "one"
+    srpo.main([*FLAGS, "--steps", "3", "--out_dir", str(out)])
+    return out
+
+
+def test_only_the_linear_layers_move(adapted):
+    before, after = load_file(POLICY / "model.safetensors"), weights(adapted, 3)
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        linear = name.endswith("_proj.weight")
+        assert torch.equal(weight, after[name]) != linear, name
+        if linear:
+            assert torch.linalg.matrix_rank((after[name] - weight).double(), rtol=1e-4) <= 4
+    AutoModelForCausalLM.from_pretrained(adapted / "checkpoints" / "step_3")
+    state = sum(file.stat().st_size for file in (adapted / "checkpoints" / "step_3" / "state").iterdir())
+    assert state < 0.7 * 3 * (POLICY / "model.safetensors").stat().st_size  # adapters and their moments, not the whole model's
+
+
+def test_merged_weights_are_the_adapted_policy():
+    model, _ = load_policy(POLICY)
+    torch.manual_seed(0)
+    cfg = srpo.Config(lora_rank=4).resolve()
+    assert cfg.lr == 5e-4  # the embedded policy's own; 5e-5 for others
+    srpo.prepare(model, cfg, torch.device("cpu"), sharded=False)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (".lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)  # starts at zero
+    merged, _ = load_policy(POLICY)
+    ids = torch.randint(0, 150, (2, 40))
+    plain = merged(ids).logits
+    merged.load_state_dict(dict(srpo.whole_weights(model)))
+    assert (model(ids).logits - plain).abs().max() > 0.1
+    assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-4)
+
+
+def test_resume_is_exact(tmp_path, adapted):
+    out = tmp_path / "run"
+    srpo.main([*FLAGS, "--steps", "2", "--out_dir", str(out)])
+    shutil.rmtree(out / "checkpoints" / "step_1")
+    srpo.main(["--resume", str(out), "--steps", "3"])
+    assert distance(weights(out, 3), weights(adapted, 3)) == 0
+
+
+def test_two_processes_are_one(tmp_path, adapted):
+    out = tmp_path / "two"
+    done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *FLAGS, "--steps", "3", "--out_dir", out], capture_output=True, text=True, timeout=200, env=environment())
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert lines_of(out / "rollouts.jsonl") == lines_of(adapted / "rollouts.jsonl")
+    assert distance(weights(out, 3), weights(adapted, 3)) < 1e-4
