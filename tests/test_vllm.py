@@ -191,13 +191,13 @@ def with_a_fourth_head(model, folder):
     wider.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_two_processes(tmp_path, policy, tp):
-    """Sharded trainer, vLLM in each process or one by tensor parallelism over both: weights arrive, sampling stays on policy."""
+@pytest.mark.parametrize("tp, lora_rank", [(1, 8), (2, 0)])
+def test_two_processes(tmp_path, policy, tp, lora_rank):
+    """Sharded trainer, vLLM in each process (with adapters, merged) or one by tensor parallelism over both: sampling stays on policy."""
     with_a_fourth_head(policy.model, tmp_path / "model")
     policy.tokenizer.save_pretrained(tmp_path / "model")
     out = tmp_path / "run"
-    settings = [*STEPS.split(), "--model", tmp_path / "model", "--lr", "1e-3", "--tp", tp, "--out_dir", out]
+    settings = [*STEPS.split(), "--model", tmp_path / "model", "--lr", "1e-3", "--tp", tp, "--lora_rank", lora_rank, "--out_dir", out]
     run_python("-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "srpo.py", *settings)
     lines = lines_of(out / "metrics.jsonl")
     assert len(lines) == 3 and json.loads((out / "config.json").read_text())["tp"] == tp
