@@ -64,7 +64,7 @@ def make_tasks(problems, tokenizer, engine, context: int, seed: int = 0, **setti
                  localize_fallback="skip")  # fmt: skip
     cfg = SimpleNamespace(**(usual | settings))
     return [
-        Task(p, encode_question(tokenizer, p.question), slot, cfg, engine.vocabulary, by_self, np.random.default_rng([seed, slot]), context)
+        Task(p, encode_question(tokenizer, p), slot, cfg, engine.vocabulary, by_self, np.random.default_rng([seed, slot]), context)
         for slot, p in enumerate(problems)
     ]
 

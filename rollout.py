@@ -190,14 +190,20 @@ TERSE = "<locate>"  # a policy with this token in its vocabulary was trained on 
 
 INSTRUCTION = f"""{{question}}
 
-Solve this step by step. Write {DELIMITER} at the end of each step of your reasoning. Put the final answer in \\boxed{{{{}}}}."""
+Solve this step by step. Write {DELIMITER} at the end of each step of your reasoning. {{ending}}"""
+ENDINGS = {  # by kind of problem
+    "choice": "Put the letter of the right choice in \\boxed{}.",
+    "yes_no": "Put the final answer, yes or no, in \\boxed{}.",
+    "code": "End with the whole program in one ```python block.",
+}
 
 
-def encode_question(tokenizer, question: str) -> list[int]:
-    """Prompt token ids x0 of a question: bare for a terse policy, else with the thought-format instruction."""
+def encode_question(tokenizer, problem: Problem) -> list[int]:
+    """Prompt token ids x0 of a problem: its bare question for a terse policy, else with the thought-format instruction."""
     if TERSE in tokenizer.get_vocab():
-        return tokenizer(question)["input_ids"]
-    return encode_prompt(tokenizer, INSTRUCTION.format(question=question))
+        return tokenizer(problem.question)["input_ids"]
+    ending = ENDINGS.get(problem.kind, "Put the final answer in \\boxed{}.")
+    return encode_prompt(tokenizer, INSTRUCTION.format(question=problem.question, ending=ending))
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
@@ -655,7 +661,7 @@ if __name__ == "__main__":
     cfg = SimpleNamespace(base=4, temperature=1.0, top_p=1.0, max_thoughts=20, max_tokens_per_thought=256)
     engine = HFEngine(model, tokenizer)
     (problem,) = generate_chains(steps=6, n=1, seed=0)
-    task = Task(problem, encode_question(tokenizer, problem.question), 0, cfg, engine.vocabulary, None, np.random.default_rng(0), 384)
+    task = Task(problem, encode_question(tokenizer, problem), 0, cfg, engine.vocabulary, None, np.random.default_rng(0), 384)
     (group,), _, seconds = run_programs([grpo(task)], engine)
     print(problem.question, "->", problem.answer)
     for rollout in group:

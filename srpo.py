@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data.problems import UserError, counters, load_problems
+from data.problems import UserError, counters, load_problems, sandbox_or_refusal
 from eval import draw_curves, evaluate, read_run
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, grouped, set_advantages
@@ -163,6 +163,10 @@ def train(cfg: Config) -> dict:
         check_localizer(cfg.localizer, train_problems, cfg.train_data)
     if cfg.top_p < 1 and main:
         print(f"warning: --top_p {cfg.top_p} samples from a truncated policy, but the gradient is the whole policy's: it is biased")
+    if any(p.kind == "code" for p in train_problems + eval_problems):
+        isolated = sandbox_or_refusal()
+        if main:
+            print(isolated)
     device, sharded = connect()
     out_dir, resumed_from = on_main(find_run, cfg)
     model, tokenizer = load_policy(cfg.model, torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32)
@@ -288,7 +292,7 @@ def data_order(n_problems: int, per_step: int, step: int, seed: int) -> list[int
 
 def encode_all(tokenizer, problems, context: int, source: str) -> list[list[int]]:
     """Prompt ids of every problem. Raises UserError where one leaves no room for a response."""
-    prompts = [encode_question(tokenizer, problem.question) for problem in problems]
+    prompts = [encode_question(tokenizer, problem) for problem in problems]
     for problem, ids in zip(problems, prompts):
         if len(ids) >= context:
             raise UserError(f"{source}: the prompt of problem {problem.index} has {len(ids)} tokens, the model's context is {context}; remove it")

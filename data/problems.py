@@ -1,15 +1,18 @@
 """Problems and their verifiers: where a rollout's reward comes from.
 
 A `Problem` is a question, a reference answer, and the kind of verifier that grades it. Two sources:
-  - a JSON-lines file, one object a line with `question`, `answer` and `kind` ("integer" or "math");
+  - a JSON-lines file, one object a line with `question`, `answer` and `kind`, as `data/prepare.py` writes them for public sets;
   - the embedded task `chain-K`: K steps of arithmetic modulo 97, generated, with the exact truth of every step.
 
-The reward of a response is 1.0 or 0.0, from the content of its LAST `\\boxed{}`. Model-written text is never evaluated here:
-integers are compared as integers, mathematics goes to the `math-verify` library in a separate process that is killed at its
-time limit (the library's own limit uses SIGALRM, which only works on the main thread). A timeout or an unparsable answer is a 0
-with a name in `counters`, never a hang and never an exception.
+The reward of a response is 1.0 or 0.0, from the content of its LAST `\\boxed{}`; for kind "code" it is the share of tests that its last
+fenced program passes. One function per kind (GRADERS):
+  integer  the same integer                        choice   the same letter                    text  the reference is contained in the box
+  math     equal for the `math-verify` library     yes_no   yes or true, no or false           code  tests, in data/sandbox.py
+Model-written text is never evaluated in this process: mathematics goes to a separate process that is killed at its time limit (the
+library's own limit uses SIGALRM, which only works on the main thread), programs to the sandbox. A timeout or an unparsable answer is
+a 0 with a name in `counters`, never a hang and never an exception.
 
-Left out: graded (non 0/1) rewards, code execution and multiple choice; each is one more function like `grade_integer`.
+Left out: rewards from a judge model, and partial credit outside code.
 
 Try it alone:  python -m data.problems        # prints one problem, its true thoughts, and grades a right and a wrong answer
 """
@@ -38,7 +41,7 @@ class Problem:
     """One question with its verifier.
 
     index: position in its data set, the problem's only key (texts may repeat); question: str; answer: reference answer, str;
-    kind: "integer" or "math"; check_steps: optional, list of H thought texts -> 1-based index of the first wrong one, or None
+    kind: a key of GRADERS, or "code"; tests: of kind "code", see `sandbox.share_passed`; check_steps: optional, list of H thought texts -> 1-based index of the first wrong one, or None
     where all are right (exact step-level truth; only `--localizer verifier` and measurements look at it)."""
 
     index: int
@@ -46,9 +49,12 @@ class Problem:
     answer: str
     kind: str
     check_steps: Callable[[list[str]], int | None] | None = None
+    tests: dict | None = None
 
     def grade(self, response: str) -> float:
-        """Reward of a response (DESIGN r in [0, 1]): 1.0 if the content of its last box is the answer, else 0.0."""
+        """Reward of a response, in [0, 1]: 1.0 if the content of its last box is the answer, else 0.0; code: the share of tests passed."""
+        if self.kind == "code":
+            return grade_code(response, self.tests)
         boxed = last_boxed(response)
         if boxed is None:
             counters["no_box"] += 1
@@ -145,7 +151,71 @@ def grade_math(boxed: str, answer: str, seconds: float = MATH_SECONDS) -> float:
     return reward
 
 
-GRADERS = {"integer": grade_integer, "math": grade_math}
+def unwrapped(boxed: str) -> str:
+    r"""Without LaTeX's text commands, dollars, and a final period: `\text{ (B) }.` -> `(B)`."""
+    bare = boxed.strip().strip("$").strip()
+    while len(bare) < 1000 and (found := re.fullmatch(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{(.*)\}\s*\.?", bare, re.S)):
+        bare = found.group(1).strip()
+    return bare.removesuffix(".").strip()
+
+
+def grade_choice(boxed: str, answer: str) -> float:
+    """1.0 if the box names the letter: `B`, `(b)`, `\\text{B}`, `Option B`, or `B` with its text (`B. bank`, `B: bank`, `(B) bank`)."""
+    letter = r"\(?([A-Za-z])\)?"
+    found = re.fullmatch(rf"(?:(?:option|choice|answer)\s*:?\s*)?{letter}(?:\s*[.:)]\s*.*)?|\(([A-Za-z])\)\s.*", unwrapped(boxed)[:500], re.S | re.I)
+    if not found:
+        counters["not_a_choice"] += 1
+        return 0.0
+    return float((found.group(1) or found.group(2)).upper() == answer.strip("() ").upper())
+
+
+def grade_yes_no(boxed: str, answer: str) -> float:
+    """1.0 if the box says the same of yes (true) and no (false)."""
+    said = {"yes": True, "true": True, "no": False, "false": False}
+    word = unwrapped(boxed).lower()
+    if word not in said:
+        counters["not_yes_or_no"] += 1
+        return 0.0
+    return float(said[word] == said[answer.strip().lower()])
+
+
+def grade_text(boxed: str, answer: str) -> float:
+    """1.0 if the normalised reference is contained in the normalised box, whole words, in a box not much longer (listing answers earns none)."""
+    words = lambda text: " ".join(re.findall(r"[^\W_]+|[^\w\s]", text.casefold()))  # noqa: E731
+    box, reference = words(unwrapped(boxed)), words(unwrapped(answer))
+    if not reference or len(box) > 2 * len(reference) + 100:
+        counters["text_too_long"] += bool(reference)
+        return 0.0
+    return float(f" {reference} " in f" {box} ")
+
+
+def grade_code(response: str, tests: dict) -> float:
+    """Share of tests passed by the last fenced block of a response, run in the sandbox. "correct" (--correct 1) is all of them."""
+    from data.sandbox import share_passed
+
+    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response.replace(DELIMITER, ""), re.S)
+    if not blocks:
+        counters["no_code"] += 1
+        return 0.0
+    return share_passed(blocks[-1], tests)
+
+
+def sandbox_or_refusal() -> str:
+    """One line on what isolates programs on this machine. Raises UserError where they cannot be run safely."""
+    from data.sandbox import isolation
+
+    try:
+        return isolation()
+    except OSError as fault:
+        raise UserError(f"problems of kind code cannot be graded on this machine: {fault}; use other problems, or another machine")
+
+
+GRADERS = {"integer": grade_integer, "math": grade_math, "choice": grade_choice, "yes_no": grade_yes_no, "text": grade_text}
+ANSWERS = {  # what an answer of each kind must look like: (pattern, what is wrong otherwise)
+    "integer": (r"[+-]?\d[\d,]*", "is not an integer; use kind \"math\" for expressions"),
+    "choice": (r"\(?[A-Za-z]\)?", "is not a letter"),
+    "yes_no": (r"(?i:yes|no|true|false)", "is not yes, no, true or false"),
+}
 
 # ------------------------------------------------------------------------------------------------------------- the chain task
 
@@ -228,18 +298,26 @@ def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
             raise UserError(f"{source}, line {number}: not JSON ({fault.msg}); each line must be one object")
         if not isinstance(record, dict):
             raise UserError(f"{source}, line {number}: not a JSON object; each line needs question, answer and kind")
-        for key in ("question", "answer", "kind"):
+        code = record.get("kind") == "code"
+        for key in ("question", "kind") if code else ("question", "answer", "kind"):
             if not isinstance(record.get(key), (str, int) if key == "answer" else str) or record[key] == "":
                 raise UserError(f"{source}, line {number}: field {key!r} is missing or empty; each line needs question, answer and kind")
-        if record["kind"] not in GRADERS:
-            raise UserError(f"{source}, line {number}: unknown kind {record['kind']!r}; use one of {', '.join(GRADERS)}")
-        answer = str(record["answer"]).strip()
-        if record["kind"] == "integer" and not re.fullmatch(r"[+-]?\d[\d,]*", answer, re.ASCII):
-            raise UserError(f"{source}, line {number}: answer {answer[:40]!r} is not an integer; use kind \"math\" for expressions")
-        problems.append(Problem(len(problems), record["question"], answer, record["kind"]))
+        if record["kind"] not in GRADERS and not code:
+            raise UserError(f"{source}, line {number}: unknown kind {record['kind']!r}; use one of {', '.join(GRADERS)}, code")
+        if code and not has_tests(record.get("tests")):
+            raise UserError(f"{source}, line {number}: field 'tests' of a code problem is missing or empty; see share_passed in data/sandbox.py")
+        answer = str(record.get("answer", "")).strip()
+        pattern, wrong = ANSWERS.get(record["kind"], (r".*", ""))
+        if not re.fullmatch(pattern, answer, re.ASCII | re.S):
+            raise UserError(f"{source}, line {number}: answer {answer[:40]!r} {wrong}")
+        problems.append(Problem(len(problems), record["question"], answer, record["kind"], tests=record.get("tests")))
     if not problems:
         raise UserError(f"{source}: holds no problems; write one JSON object a line with question, answer and kind")
     return problems
+
+
+def has_tests(tests) -> bool:
+    return isinstance(tests, dict) and bool(tests.get("stdin") or tests.get("call") and (tests.get("cases") or tests.get("check")))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Policy:
     def tasks(self, steps, n, localizer="verifier", seed=0, **changed):
         cfg = settings(**changed)
         return [
-            Task(p, encode_question(self.tokenizer, p.question), slot, cfg, self.engine.vocabulary, LOCALIZERS[localizer], np.random.default_rng([seed, slot]), 384)
+            Task(p, encode_question(self.tokenizer, p), slot, cfg, self.engine.vocabulary, LOCALIZERS[localizer], np.random.default_rng([seed, slot]), 384)
             for slot, p in enumerate(generate_chains(steps, n, seed))
         ]
 

@@ -47,8 +47,8 @@ def test_not_a_run(tmp_path):
 def test_pass_card_and_throughput_run(capsys):
     evaluation.main(["pass", "--data", "chain-3", "--problems", "16", "--samples", "4"])
     assert "pass@4" in capsys.readouterr().out
-    evaluation.main(["throughput", "--data", "chain-2", "--problems", "4", "--samples", "2", "--repeats", "1"])
-    assert "ratio" in capsys.readouterr().out
+    evaluation.main(["throughput", "--engine", "hf", "--data", "chain-2", "--problems", "4", "--samples", "2", "--repeats", "1"])
+    assert "hf engine / generate:" in capsys.readouterr().out
 
 
 def test_the_committed_model_card_is_what_the_policy_does(policy):

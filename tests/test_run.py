@@ -281,3 +281,15 @@ def test_training_learns(tmp_path, capsys):
     srpo.main("--engine hf --train_data chain-4 --eval_data chain-4 --steps 24 --lr 1e-3 --eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0 --out_dir".split() + [str(tmp_path / "run")])
     before, *_, after = lines_of(Path(tmp_path) / "run" / "metrics.jsonl")
     assert after["eval_pass_rate"] > before["eval_pass_rate"] + 0.1
+
+
+def test_code_problems_need_a_sandbox(tmp_path, capsys, untouched, monkeypatch):
+    """A run on code problems says what isolates them; where nothing does, it is refused before anything is written."""
+    tests = {"stdin": [["2", "4"]]}
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"question": f"mod97 1: +{i} start 2 .", "kind": "code", "tests": tests}) + "\n" for i in (2, 3)))
+    flags = [*TINY, "--train_data", tmp_path / "code.jsonl", "--eval_data", tmp_path / "code.jsonl", "--steps", "1", "--eval_problems", "2"]
+    srpo.main([str(f) for f in [*flags, "--out_dir", tmp_path / "run"]])
+    assert "sandbox: Landlock, seccomp" in capsys.readouterr().out
+    assert lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["counters"]["no_code"] > 0  # the embedded policy does not write programs
+    monkeypatch.setattr("data.sandbox.ARCHES", {})
+    assert "kind code cannot be graded on this machine" in refused(capsys, *flags, "--out_dir", untouched)

@@ -1,0 +1,207 @@
+"""Verifiers and the public sets: tables of real and hostile answers, every set's layout, and, where the real files are, all their references."""
+
+import base64
+import json
+import os
+import pickle
+import zlib
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from data import prepare
+from data.prepare import SETS, convert, half, main, verifiable
+from data.problems import Problem, UserError, counters, load_problems
+from rollout import encode_question
+
+
+@pytest.mark.parametrize(
+    "kind, answer, right, wrong",
+    [
+        ("choice", "B", ["B", "b", "(B)", "(b).", r"\text{B}", r"\mathrm{(B)}", "B.", "B. bank", "B) bank", "(B) a bank", "Option B", "choice: B", "$B$", "B: bank, not A", "\\text{" * 9 + "B" + "}" * 9],
+         ["A", "C", "", "AB", "A or B", "not B", "bank", "both", "B or C", r"\text{C}", "(A) B", "Blue", "Z", "1", "B" * 600, "\\text{" * 9000 + "B" + "}" * 9000]),
+        ("yes_no", "yes", ["yes", "Yes", "YES.", r"\text{Yes}", "true", r"\textbf{True}", "$yes$"], ["no", "", "maybe", "yes and no", "not yes", "yesno", "1", "no, yes"]),
+        ("yes_no", "no", ["No", "false", r"\text{no}."], ["yes", "not", "none", "True"]),
+        ("text", "2 H2 + O2 = 2 H2O", ["2 H2 + O2 = 2 H2O", "2 h2 + o2 = 2 h2o.", "2 H2  +  O2 = 2 H2O (balanced)", r"\text{2 H2 + O2 = 2 H2O}"],
+         ["", "H2 + O2 = H2O", "12 H2 + O2 = 2 H2O", "2 H2 + O2 = 2 H2O2", "2 H2 + O2", "x " * 200 + "2 H2 + O2 = 2 H2O"]),
+        ("math", r"\frac{1}{2}", ["0.5", r"\frac12", "1/2", r"\dfrac{2}{4}"], ["2", "0.51", "", "1/2 + 1", r"\frac{1}{3}", "x"]),
+        ("math", "(3, -2)", ["(3,-2)", r"\left(3, -2\right)"], ["(-2, 3)", "3", "(3, 2)"]),
+        ("integer", "72", ["72", "+72", "072"], ["73", "72.0", "7 2", "seventy-two"]),
+    ],
+)  # fmt: skip
+def test_answers(kind, answer, right, wrong):
+    problem = Problem(0, "?", answer, kind)
+    for said in right:
+        assert problem.grade(f"thus </thought> \\boxed{{{said}}}") == 1, said
+    for said in wrong:
+        assert problem.grade(f"\\boxed{{{answer}}} no: \\boxed{{{said}}}") == 0, said
+    assert problem.grade(answer) == 0 and counters["no_box"]
+
+
+DOUBLE = {"stdin": [["2", "4"], ["3", "6"]]}
+
+
+@pytest.mark.parametrize(
+    "response, reward",
+    [
+        ("so</thought>\n```python\nprint(2 * int(input()))\n```", 1),
+        ("```py\nprint(4)\n```</thought>", 0.5),
+        ("```python\nprint(4)\n```\nbetter:\n```python\nprint(2 * int(input()))\n```", 1),
+        ("```\nprint(2 * int(input()))\n```", 1),
+        ("print(2 * int(input()))", 0),
+        ("```python\nprint(2 * int(input()))", 0),
+        ("```python\n```", 0),
+    ],
+)
+def test_programs_in_responses(response, reward):
+    assert Problem(0, "?", "", "code", tests=DOUBLE).grade(response) == reward
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ('{"question": "q", "answer": "BC", "kind": "choice"}', "answer 'BC' is not a letter"),
+        ('{"question": "q", "answer": "maybe", "kind": "yes_no"}', "is not yes, no, true or false"),
+        ('{"question": "q", "kind": "code"}', "field 'tests' of a code problem"),
+        ('{"question": "q", "kind": "code", "tests": {"call": "f"}}', "field 'tests' of a code problem"),
+        ('{"question": "q", "answer": "", "kind": "text"}', "field 'answer' is missing"),
+        ('{"question": "q", "answer": "1", "kind": "steps"}', "unknown kind 'steps'"),
+    ],
+)
+def test_records_that_cannot_be_graded_are_refused(tmp_path, line, complaint):
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1: .*" + complaint):
+        load_problems(str(tmp_path / "p.jsonl"), seed=0)
+
+
+class Words:
+    """A tokenizer that keeps the text."""
+
+    chat_template = None
+
+    def get_vocab(self):
+        return {}
+
+    def __call__(self, text):
+        return {"input_ids": [text]}
+
+
+def test_prompts_ask_for_what_the_verifier_reads():
+    prompt = lambda kind: encode_question(Words(), Problem(0, "Q?", "", kind))[0]  # noqa: E731
+    assert all("Q?" in prompt(kind) and "</thought>" in prompt(kind) for kind in ("math", "choice", "code"))
+    assert r"\boxed{}" in prompt("math") and "letter" in prompt("choice") and "yes or no" in prompt("yes_no")
+    assert "```python" in prompt("code") and "boxed" not in prompt("code")
+
+
+# ------------------------------------------------------------------------------------------------------------------ the sets
+
+PRIVATE = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{"input": "1", "output": "2"}, {"input": "3", "output": "6"}])))).decode()
+LCB = {"difficulty": "medium", "question_content": "Double it.", "starter_code": "", "metadata": "{}", "private_test_cases": PRIVATE}
+RECORDS = {  # one record in each set's own layout -> (answer, kind), or None where it is not of the set
+    "gsm8k": [({"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,002"}, ("1002", "math"))],
+    "math500": [({"problem": "q", "answer": r"\frac12", "solution": "s"}, (r"\frac12", "math"))],
+    "math_level5": [({"problem": "q", "level": "Level 5", "solution": r"so \boxed{7}"}, ("7", "math")), ({"problem": "q", "level": "Level 4", "solution": r"\boxed{7}"}, None)],
+    "numinamath_olympiads": [({"problem": "q", "source": "olympiads", "solution": r"\boxed{7}"}, ("7", "math")), ({"problem": "q", "source": "cn_k12", "solution": r"\boxed{7}"}, None),
+                             ({"problem": "q", "source": "olympiads", "solution": r"\boxed{\text{all}}"}, None), ({"problem": "q", "source": "olympiads", "solution": "none"}, None)],
+    "olympiadbench": [({"question": "q", "context": None, "unit": "cm", "final_answer": ["$1$,$\\sqrt{2}$."]}, ("1, \\sqrt{2}", "math"))],
+    "aime25": [({"problem": "q", "answer": 204}, ("204", "math"))],
+    "theoremqa": [({"Question": "q", "Answer": "True", "Answer_type": "bool", "Picture": None}, ("yes", "yes_no")), ({"Question": "q", "Answer": "(c)", "Answer_type": "option"}, ("C", "choice")),
+                  ({"Question": "q", "Answer": "[0.5, 2]", "Answer_type": "list of float"}, ("0.5, 2", "math")), ({"Question": "q", "Answer": "1", "Answer_type": "integer", "Picture": "png"}, None)],
+    "csqa": [({"question": "q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"}, ("B", "choice")),
+             ({"question": {"stem": "q", "choices": [{"label": "A", "text": "x"}]}, "answerKey": "A"}, ("A", "choice"))],
+    "strategyqa": [({"question": "q", "answer": False}, ("no", "yes_no")), ({"question": "q", "answer": True}, ("yes", "yes_no"))],
+    "sciknoweval_physics": [
+        ({"domain": "Physics", "details": {"level": "L3"}, "question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A", "type": "mcq-4-choices"}, ("A", "choice")),
+        ({"domain": "Physics", "details": {"level": "L3"}, "question": "q", "choices": {"text": []}, "answer": "No", "type": "true_or_false"}, ("no", "yes_no")),
+        ({"domain": "Physics", "details": {"level": "L3"}, "question": "q", "choices": {"text": []}, "answer": "E = m", "type": "filling"}, ("E = m", "text")),
+        ({"domain": "Biology", "details": {"level": "L3"}}, None), ({"domain": "Physics", "details": {"level": "L2"}}, None)],
+    "humaneval": [({"prompt": "def f(x):\n    '''doubles'''\n", "entry_point": "f", "test": "def check(c):\n    assert c(2) == 4", "canonical_solution": "    return 2 * x\n"}, (None, "code"))],
+    "livecodebench_medium": [(LCB, (None, "code")), (LCB | {"difficulty": "hard"}, None)],
+    "processbench": [({"problem": "q", "steps": ["a", "b"], "label": 1}, ("", "steps"))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_layouts(name):
+    for record, expected in RECORDS[name]:
+        got = SETS[name].convert(record)
+        assert (got and (got.get("answer"), got["kind"])) == expected
+        if got and got["kind"] in ("choice",):
+            assert "q" in got["question"]
+
+
+def test_livecodebench_tests_are_halved_and_never_executed():
+    parts = convert("livecodebench_medium", [LCB])
+    train, test = (parts[part][0]["tests"]["stdin"] for part in ("train", "test"))
+    assert sorted(train + test) == [["1", "2"], ["3", "6"]] and len(train) == 1
+    assert half({"stdin": [["1", "2"]]}, 1) == {"stdin": [["1", "2"]]}
+    evil = base64.b64encode(zlib.compress(pickle.dumps(print))).decode()
+    with pytest.raises(UserError, match="hold builtins.print"):
+        SETS["livecodebench_medium"].convert(LCB | {"private_test_cases": evil})
+    call = SETS["livecodebench_medium"].convert(LCB | {"metadata": '{"func_name": "f"}', "private_test_cases": '[{"input": "[1, 2]\\n3", "output": "true"}]'})
+    assert call["tests"] == {"call": "f", "cases": [[[[1, 2], 3], True]]}
+
+
+def test_samples_are_seeded_and_split_without_overlap():
+    records = [{"problem": f"q{i}", "source": "olympiads", "solution": rf"\boxed{{{i}}}"} for i in range(700)]
+    parts = convert("numinamath_olympiads", records)
+    assert parts == convert("numinamath_olympiads", records)
+    train, test = ({p["question"] for p in parts[part]} for part in ("train", "test"))
+    assert (len(train), len(test)) == (400, 100) and not train & test and "q0" not in list(parts["train"][0].values())
+
+
+@pytest.mark.parametrize("answer, kept", [(r"\frac{3}{4}", True), ("B", True), ("(C)", True), (r"2\sqrt{3}", True), ("x + y", False), ("12 cm", False), ("50%", False),
+                                          ("all even n", False), (r"\frac{3}{4", False), (r"\text{2}", False), ("1" * 61, False), ("", False), ("F", False)])  # fmt: skip
+def test_the_papers_filter_of_answers(answer, kept):
+    assert verifiable(answer) is kept
+
+
+def refused(argv):
+    with pytest.raises(UserError) as fault:
+        main([str(a) for a in argv])
+    assert "\n" not in str(fault.value)
+    return str(fault.value)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    source = tmp_path / "raw.jsonl"
+    source.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"so\n#### {i}"}) + "\n" for i in range(5)))
+    main(["gsm8k", "--from", str(source), "--out", str(tmp_path / "out")])
+    assert "5 problems of 5 records; 5 of 5 reference answers pass their own verifier (100.00%)" in capsys.readouterr().out
+    assert [p.answer for p in load_problems(str(tmp_path / "out" / "gsm8k.jsonl"), seed=0)] == list("01234")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["gsm8k.jsonl"]
+    main(["--list"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in SETS)
+    assert "not a set that is known here" in refused(["gsm9k"])
+    assert "not in the layout of openai/gsm8k" in refused(["gsm8k", "--from", tmp_path / "out" / "gsm8k.jsonl", "--out", tmp_path / "no"])
+    assert "cannot be read" in refused(["gsm8k", "--from", tmp_path / "none.jsonl"])
+    assert "name one" in refused(["gsm8k", "math500", "--from", source])
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    assert "pip install datasets" in refused(["gsm8k", "--out", tmp_path / "no"])
+    assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- the real records
+
+DATA = Path(os.environ.get("SRPO_DATA", ROOT.parent / "shared" / "data"))
+real = pytest.mark.skipif(not DATA.is_dir(), reason="needs the public files in $SRPO_DATA, which the repository does not hold")
+FILES = {
+    "gsm8k": "gsm8k/test.jsonl", "math500": "math500/test.jsonl", "math_level5": "math/test.jsonl", "aime24": "math_evals/aime24.jsonl",
+    "olympiadbench": "math_evals/olympiadbench.jsonl", "theoremqa": "theoremqa/theoremqa_test.json", "csqa": "csqa/dev_rand_split.jsonl",
+    "strategyqa": "strategyqa/train.json", "humaneval": "human_eval/HumanEval.jsonl.gz",
+}  # fmt: skip
+EQUAL = {("5", "x=5"), ("0.0", "0")}  # neighbours that are the same answer in other words
+
+
+@real
+@pytest.mark.parametrize("name", FILES)
+def test_every_real_reference_passes_and_its_neighbour_does_not(name):
+    (problems,) = convert(name, prepare.read_local(DATA / FILES[name])).values()
+    graded, rejected = prepare.check(problems if name != "humaneval" else problems[::4])
+    assert graded >= 30 and len(rejected) <= 0.005 * graded, rejected[:3]
+    math = [p for p in problems if p["kind"] == "math"][:400]
+    for p, neighbour in zip(math, math[1:]):
+        if p["answer"] != neighbour["answer"] and (p["answer"], neighbour["answer"]) not in EQUAL:
+            assert Problem(0, "", p["answer"], "math").grade(f"\\boxed{{{neighbour['answer']}}}") == 0, (p["answer"], neighbour["answer"])
