@@ -1,20 +1,19 @@
 """Measuring a policy and drawing runs. Nothing here is trained on.
 
-    python eval.py pass --model DIR --data chain-12 --samples 8       # pass@1 with a 95% interval over problems, and pass@k
+    python eval.py benchmark --model DIR --data chain-12 gsm8k.jsonl --n 8   # mean@n with intervals, pass@k; resumes; torchrun runs it too
+    python eval.py benchmark --compare A/results.json B/results.json  # paired difference of two policies
     python eval.py curves RUN_DIR [RUN_DIR...] --out curves.png       # learning curves; runs that differ only in their seed become mean and spread
     python eval.py card --model data/policy --write                   # the model card of the embedded policy, measured
-    python eval.py throughput --model data/policy                     # tokens per second of the engines, beside transformers' own generate
     python eval.py phases RUN_DIR [RUN_DIR...]                        # seconds per step by phase
 
-Left out: public benchmarks and the HTML report.
+Left out: the HTML report, and localization quality on public data.
 """
 
 import argparse
-import copy
 import json
 import math
+import os
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -22,11 +21,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
+from tqdm import tqdm
 
-from data.problems import DELIMITER, UserError, counters, generate_chains, load_problems
+from data.problems import DELIMITER, UserError, counters, generate_chains, last_boxed, load_problems, sandbox_or_refusal
 from localize import by_self
-from rollout import HFEngine, Task, encode_question, load_policy, make_engine, resets, run_programs
+from rollout import HFEngine, Task, connect, encode_question, gather, load_policy, make_engine, processes, rank, resets, run_programs
 
 # ------------------------------------------------------------------------------------------------------------------ pass rate
 
@@ -69,23 +68,136 @@ def make_tasks(problems, tokenizer, engine, context: int, seed: int = 0, **setti
     ]
 
 
-def load(args):
+# ----------------------------------------------------------------------------------------------------------------- benchmarks
+
+KS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def command_benchmark(args) -> None:
+    """Samples n responses to every problem of each file, in one process or under torchrun, and writes to --out: FILE.jsonl with every rollout
+    and results.json. What is there already is kept, so the same command goes on where it stopped."""
+    if args.compare:
+        return compare(*args.compare)
+    if not args.data:
+        raise UserError("benchmark needs --data FILE [FILE...] (JSON lines or chain-K), or --compare A.json B.json")
+    if args.samples < 1 or args.temperature < 0 or args.samples > 1 and args.temperature == 0:
+        raise UserError("--n must be at least 1, and --temperature above 0 where it is more: greedy responses are all the same")
+    main = rank() == 0
+    sources = {Path(data).stem: load_problems(data, seed=10**6 + args.seed)[: args.problems] for data in args.data}
+    if any(p.kind == "code" for problems in sources.values() for p in problems) and sandbox_or_refusal() and main:
+        print(sandbox_or_refusal())
+    settings = {key: getattr(args, key) for key in ("model", "samples", "temperature", "seed", "problems")}
+    out = args.out or Path("benchmarks") / f"{Path(args.model).name}-n{args.samples}-T{args.temperature}-seed{args.seed}"
+    if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
+        raise UserError(f"{out} holds a benchmark with other settings; choose another --out")
+    device, _ = connect()
     model, tokenizer = load_policy(args.model)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, tokenizer, HFEngine(model, tokenizer), model.config.max_position_embeddings
+    context = model.config.get_text_config().max_position_embeddings
+    engine = make_engine(args.engine, args.model, model.to(device), tokenizer, context, args.max_rows)
+    gather(None)  # nobody reads settings.json any more
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "settings.json").write_text(json.dumps(settings, indent=1))
+    results = {}
+    for name, problems in sources.items():
+        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature)
+        short = [task.problem.index for task in tasks if len(task.prompt_ids) >= context]
+        if short:
+            raise UserError(f"{name}: the prompt of problem {short[0]} is longer than the model's context, {context} tokens; remove it")
+        done = finished_problems(out / f"{name}.jsonl", args.samples)
+        gather(None)  # everybody has read what is done; from here on the first process writes
+        todo = [task for task in tasks if task.problem.index not in done]
+        each = max(processes(), args.max_rows * processes() // args.samples)  # problems at a time: nothing that was computed before a stop is lost
+        bar = tqdm(range(0, len(todo), each), desc=name, unit="batch", disable=not main, dynamic_ncols=True)
+        for at in bar:
+            part = todo[at : at + each]
+            counters.clear()
+            start = time.perf_counter()
+            groups = evaluate(part, engine, args.samples)["groups"]
+            seconds = (time.perf_counter() - start) / len(part)
+            records = [{"problem": task.problem.index, "sample": i, "reward": r.reward, "finish": r.finish, "tokens": r.generated, "seconds": seconds / len(group),
+                        "answered": answered(task.problem, r.text), "text": r.text} for task, group in zip(part, groups) for i, r in enumerate(group)]  # fmt: skip
+            if main:
+                with (out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(record) + "\n" for record in records))
+        gather(None)
+        results[name] = summary(finished_problems(out / f"{name}.jsonl", args.samples), args.samples)
+    if main:
+        (out / "results.json").write_text(json.dumps({"settings": settings, "results": results}, indent=1))
+        print_table(results, args.samples)
+        print(f"{out}/results.json, and every rollout in {out}/*.jsonl")
 
 
-def command_pass(args) -> None:
-    model, tokenizer, engine, context = load(args)
-    problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
-    result = evaluate(make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature), engine, args.samples)
-    rates = result["rewards"].mean(1)
-    half = 1.96 * rates.std(ddof=1) / math.sqrt(len(rates)) if len(rates) > 1 else float("nan")
-    print(f"{args.data}: {len(problems)} problems x {args.samples} samples, T = {args.temperature}")
-    print(f"pass@1 {rates.mean():.3f} +- {half:.3f} (95%, over problems)")
-    for k in (k for k in (2, 4, 8, 16, 32, 64) if k <= args.samples):
-        print(f"pass@{k} {np.mean([pass_at_k(args.samples, int(c), k) for c in result['rewards'].sum(1)]):.3f}")
-    print(f"{result['tokens'] / result['rewards'].size:.1f} tokens per response; ended by {result['finish']}; grading faults {dict(counters)}")
+def answered(problem, text: str) -> bool:
+    return "```" in text if problem.kind == "code" else last_boxed(text) is not None
+
+
+def finished_problems(path: Path, samples: int) -> dict[int, list[dict]]:
+    """{problem: its rollouts} of the problems that have all of them; a line that a kill cut in two does not count, and is dropped from the file."""
+    found = defaultdict(list)
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for line in lines:
+            if line.endswith("\n"):
+                record = json.loads(line)
+                found[record["problem"]].append(record)
+        kept = [line for line in lines if line.endswith("\n") and len(found[json.loads(line)["problem"]]) == samples]
+        gather(None)
+        if len(kept) < len(lines) and rank() == 0:
+            path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+            os.replace(path.with_suffix(".tmp"), path)
+    else:
+        gather(None)
+    return {problem: records for problem, records in found.items() if len(records) == samples}
+
+
+def summary(done: dict[int, list[dict]], samples: int) -> dict:
+    """Of one set: mean@n with half a 95% interval over problems, pass@k, mean reward, tokens and seconds a problem, shares truncated and
+    without an answer, and every problem's share of correct responses."""
+    rewards = np.array([[r["reward"] for r in done[p]] for p in sorted(done)])  # [problems, samples]
+    right, records = rewards >= 1, [r for p in sorted(done) for r in done[p]]
+    rates = right.mean(1)
+    return {
+        "problems": len(rates), "mean": float(rates.mean()), "half": half_interval(rates), "reward": float(rewards.mean()),
+        "pass_at": {k: float(np.mean([pass_at_k(samples, int(c), k) for c in right.sum(1)])) for k in KS if k <= samples},
+        "tokens": sum(r["tokens"] for r in records) / len(rates), "seconds": sum(r["seconds"] for r in records) / len(rates),
+        "truncated": float(np.mean([r["finish"] in ("length", "thoughts") for r in records])),
+        "unparsable": float(np.mean([not r["answered"] for r in records])), "by_problem": {str(p): float(rate) for p, rate in zip(sorted(done), rates)},
+    }  # fmt: skip
+
+
+def half_interval(values: np.ndarray) -> float:
+    return float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def print_table(results: dict, samples: int) -> None:
+    ks = [k for k in KS if 1 < k <= samples]
+    print(f"| | problems | mean@{samples} |" + "".join(f" pass@{k} |" for k in ks) + " reward | tokens | seconds | truncated | unparsable |")
+    print("|---" * (8 + len(ks)) + "|")
+    for name, r in results.items():
+        print(f"| {name} | {r['problems']} | {r['mean']:.3f} ± {r['half']:.3f} |" + "".join(f" {r['pass_at'][k]:.3f} |" for k in ks)
+              + f" {r['reward']:.3f} | {r['tokens']:.0f} | {r['seconds']:.2f} | {r['truncated']:.3f} | {r['unparsable']:.3f} |")  # fmt: skip
+    print("± is half a 95% interval over problems; tokens and seconds per problem")
+
+
+def compare(a: Path, b: Path, resamples: int = 10_000) -> None:
+    """Paired difference of two results.json, problem by problem, with a bootstrap interval over problems."""
+    try:
+        first, second = (json.loads(path.read_text())["results"] for path in (a, b))
+    except (OSError, json.JSONDecodeError, KeyError) as fault:
+        raise UserError(f"--compare needs two results.json of this command ({type(fault).__name__}: {fault})")
+    shared = [name for name in first if name in second]
+    if not shared:
+        raise UserError(f"{a} and {b} share no data set: {', '.join(first)} against {', '.join(second)}")
+    print(f"| | problems | {a.parent.name} | {b.parent.name} | difference, 95% interval |\n|---|---|---|---|---|")
+    for name in shared:
+        x, y = first[name]["by_problem"], second[name]["by_problem"]
+        if x.keys() != y.keys():
+            raise UserError(f"{name}: the two were measured on different problems; use the same --data, --problems and --seed")
+        differences = np.array([y[p] - x[p] for p in x])
+        picks = np.random.default_rng(0).integers(len(differences), size=(resamples, len(differences)))
+        low, high = np.percentile(differences[picks].mean(1), (2.5, 97.5))
+        print(f"| {name} | {len(x)} | {np.mean(list(x.values())):.3f} | {np.mean(list(y.values())):.3f} | {differences.mean():+.3f} ({low:+.3f} to {high:+.3f}) |")
 
 
 # --------------------------------------------------------------------------------------------------------------------- curves
@@ -272,7 +384,8 @@ Localization answers without a usable step: {localization_faults}. Responses end
 
 
 def command_card(args) -> None:
-    model, tokenizer, engine, context = load(args)
+    model, tokenizer = load_policy(args.model)
+    engine, context = HFEngine(model, tokenizer), model.config.max_position_embeddings
     measures = measure_policy(model, tokenizer, engine, context, args.problems, steps=12)
     shorter = measure_policy(model, tokenizer, engine, context, max(1, args.problems // 4), steps=8)["localization_exact"]
     size = sum(file.stat().st_size for file in Path(args.model).glob("*") if file.suffix != ".md")
@@ -283,83 +396,6 @@ def command_card(args) -> None:
     print(card)
     if args.write:
         (Path(args.model) / "README.md").write_text(card)
-
-
-def command_throughput(args) -> None:
-    """Generated tokens per second of the engines and of transformers' generate: same prompts, same stops (of the embedded policy), in turns.
-    With vLLM also: a step of SRPO with and without a barrier between its phases, and the time of a weight sync."""
-    with tempfile.TemporaryDirectory() as folder:
-        if args.layers:
-            save_random_policy(folder, args.model, args.layers, args.width)
-        model, tokenizer = load_policy(folder if args.layers else args.model)
-        context = model.config.max_position_embeddings
-        engine = make_engine(args.engine, folder if args.layers else args.model, model, tokenizer, context, max_rows=256)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tasks = make_tasks(load_problems(args.data, seed=1)[: args.problems], tokenizer, engine, context, base=4, prefixes=1, suffixes=4, seed_source="base",
-                       seed_choice="first", max_seed_draws=8, localize_tokens=256, max_tokens_per_thought=16)  # fmt: skip
-    prompts = [t.prompt_ids for t in tasks for _ in range(args.samples)]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = (ids != tokenizer.pad_token_id).long()
-    end = torch.tensor([tokenizer.convert_tokens_to_ids(word) for word in ("}", DELIMITER)], device=model.device)
-    sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, stopping_criteria=StoppingCriteriaList([lambda ids, _, **kw: (ids[:, -2:] == end).all(1)]))
-    longest = 0
-
-    def sample(engine):
-        nonlocal longest
-        rollouts = [r for group in engine.sample([t.request("base", args.samples) for t in tasks]) for r in group]
-        longest = max(r.generated for r in rollouts)
-        return sum(r.generated for r in rollouts)
-
-    def generate():
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=longest, **sampling)
-        return int((out[:, width:] != tokenizer.pad_token_id).sum())
-
-    def step(engine):
-        for i, task in enumerate(tasks):
-            task.rng = np.random.default_rng(i)  # the same step each time
-        if engine.name == "vllm":
-            engine.llm.reset_prefix_cache()
-        return sum(r.generated for r in run_programs([resets(t) for t in tasks], engine)[1])
-
-    contenders = {"hf engine": lambda: sample(HFEngine(model, tokenizer)), "generate": generate}
-    if engine.name == "vllm":
-        barrier = copy.copy(engine)
-        barrier.finished = lambda: [answer for _ in iter(lambda: bool(engine.under_way), False) for answer in engine.finished()]
-        contenders |= {"vllm engine": lambda: sample(engine), "srpo step": lambda: step(engine), "srpo step, with barriers": lambda: step(barrier)}
-    speeds, syncs = {name: [] for name in contenders}, []
-    model.eval()
-    for repeat in range(args.repeats + 1):  # the first is a warm-up
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            tokens = contender()
-            speeds[name] += [tokens / (time.perf_counter() - start)] if repeat else []
-        start = time.perf_counter()
-        engine.sync(model.named_parameters())
-        syncs += [time.perf_counter() - start] if repeat else []
-
-    def ratio(a, b):
-        ratios = np.array(speeds[a]) / np.array(speeds[b])
-        return f"{a} / {b}: {np.median(ratios):.2f} (range {ratios.min():.2f}-{ratios.max():.2f})"
-
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(prompts)} rows, {model.device}, {torch.get_num_threads()} threads, "
-          f"medians of {args.repeats} in turns")  # fmt: skip
-    for name in contenders:
-        print(f"{name}: {np.median(speeds[name]):.0f} tokens/s")
-    print(ratio("hf engine", "generate"))
-    if engine.name == "vllm":
-        print(f"{ratio('vllm engine', 'hf engine')}\n{ratio('srpo step', 'srpo step, with barriers')}\nweight sync: {1000 * np.median(syncs):.0f} ms")
-
-
-def save_random_policy(folder: str, tokenizer: str, layers: int, width: int) -> None:
-    """A Llama with random weights and the tokenizer of another policy: of a size to measure, and with nothing to say."""
-    words = load_policy(tokenizer)[1]
-    ends = dict(eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id)
-    config = LlamaConfig(vocab_size=len(words), hidden_size=width, intermediate_size=int(2.75 * width), num_hidden_layers=layers, num_attention_heads=width // 64,
-                         head_dim=64, max_position_embeddings=1024, tie_word_embeddings=False, **ends)  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- command line
@@ -375,13 +411,17 @@ def main(argv: list[str]) -> None:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command(command_pass, "pass@k of a policy on a data set")
+    sub = command(command_benchmark, "mean@n and pass@k of a policy on data sets, or the difference of two such results")
     sub.add_argument("--model", default=policy, help="folder or hub id")
-    sub.add_argument("--data", default="chain-12", help="JSON-lines file or chain-K")
-    sub.add_argument("--problems", type=int, default=256, help="problems, at most")
-    sub.add_argument("--samples", type=int, default=8, help="samples per problem")
-    sub.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    sub.add_argument("--data", nargs="+", help="JSON-lines files, or chain-K")
+    sub.add_argument("--n", "--samples", dest="samples", type=int, default=1, help="responses per problem (under torchrun write --samples: it takes --n for its own)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    sub.add_argument("--problems", type=int, help="of each file, at most")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
+    sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
+    sub.add_argument("--max_rows", type=int, default=512, help="rows that a process samples at once")
+    sub.add_argument("--out", type=Path, help="folder of the results (default: under benchmarks/)")
+    sub.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="two results.json")
     sub = command(command_curves, "learning curves and a table of runs")
     sub.add_argument("runs", nargs="+", type=Path, help="run directories")
     sub.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
@@ -391,15 +431,6 @@ def main(argv: list[str]) -> None:
     sub.add_argument("--model", default=policy, help="folder")
     sub.add_argument("--problems", type=int, default=1024, help="held-out problems")
     sub.add_argument("--write", action="store_true", help="write the model card into the folder")
-    sub = command(command_throughput, "speed of the engines beside transformers' generate")
-    sub.add_argument("--model", default=policy, help="folder or hub id")
-    sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="vllm or auto: measure it too")
-    sub.add_argument("--layers", type=int, default=0, help="measure a random policy of so many layers instead (0: --model itself)")
-    sub.add_argument("--width", type=int, default=512, help="its width, a multiple of 64")
-    sub.add_argument("--data", default="chain-12", help="JSON-lines file or chain-K")
-    sub.add_argument("--problems", type=int, default=32, help="prompts in the batch")
-    sub.add_argument("--samples", type=int, default=8, help="responses of each")
-    sub.add_argument("--repeats", type=int, default=5, help="timed repeats of both, in turns")
     args = parser.parse_args(argv)
     args.function(args)
 

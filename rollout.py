@@ -24,6 +24,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Generator, Iterable
 
@@ -336,6 +337,21 @@ def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], 
     seconds["wait"] = time.perf_counter() - start
     done, generated = ({i: x for part in parts for i, x in part[k].items()} for k in (0, 1))
     return [done[i] for i in range(len(programs))], [r for i in range(len(programs)) for r in generated[i]], seconds
+
+
+def connect() -> tuple[torch.device, bool]:
+    """Joins the processes that torchrun started, NCCL between GPUs and Gloo between CPUs: (this process's device, whether the model is
+    to be sharded). One GPU is a shard of its own: bf16 compute on float32 master weights is then the same code as on many."""
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} there); lower --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(local)
+    sharded = cuda or processes() > 1
+    if sharded and not dist.is_initialized():
+        alone = {} if processes() > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)  # a phase may be that uneven
+    return torch.device("cuda", local) if cuda else torch.device("cpu"), sharded
 
 
 def gather(mine) -> list:

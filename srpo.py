@@ -34,7 +34,6 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -56,7 +55,7 @@ from data.problems import UserError, counters, load_problems, sandbox_or_refusal
 from eval import draw_curves, evaluate, read_run
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, grouped, set_advantages
-from rollout import PROGRAMS, Rollout, Task, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
+from rollout import PROGRAMS, Rollout, Task, connect, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saving from one process is what we mean
 HERE = Path(__file__).resolve().parent
@@ -330,22 +329,7 @@ class StopRequest:
             print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------- processes, shards, adapters
-
-
-def connect() -> tuple[torch.device, bool]:
-    """Joins the processes that torchrun started, NCCL between GPUs and Gloo between CPUs: (this process's device, whether the model is
-    to be sharded). One GPU is a shard of its own: bf16 compute on float32 master weights is then the same code as on many."""
-    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} there); lower --nproc_per_node")
-    if cuda:
-        torch.cuda.set_device(local)
-    sharded = cuda or processes() > 1
-    if sharded and not dist.is_initialized():
-        alone = {} if processes() > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)  # a phase may be that uneven
-    return torch.device("cuda", local) if cuda else torch.device("cpu"), sharded
+# -------------------------------------------------------------------------------------------- processes, shards, adapters
 
 
 def on_main(action, *args):
