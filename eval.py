@@ -1,12 +1,13 @@
 """Measuring a policy and drawing runs. Nothing here is trained on.
 
     python eval.py benchmark --model DIR --data chain-12 gsm8k.jsonl --n 8   # mean@n with intervals, pass@k; resumes; torchrun runs it too
+    python eval.py localization --model DIR --data processbench.jsonl # first-error accuracy and F1; with problems: on the policy's own failures
     python eval.py benchmark --compare A/results.json B/results.json  # paired difference of two policies
     python eval.py curves RUN_DIR [RUN_DIR...] --out curves.png       # learning curves; runs that differ only in their seed become mean and spread
     python eval.py card --model data/policy --write                   # the model card of the embedded policy, measured
     python eval.py phases RUN_DIR [RUN_DIR...]                        # seconds per step by phase
 
-Left out: the HTML report, and localization quality on public data.
+Left out: the HTML report, and self-correction at test time.
 """
 
 import argparse
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.problems import DELIMITER, UserError, counters, generate_chains, last_boxed, load_problems, sandbox_or_refusal
-from localize import by_self
-from rollout import HFEngine, Task, connect, encode_question, gather, load_policy, make_engine, processes, rank, resets, run_programs
+from data.problems import UserError, counters, generate_chains, last_boxed, load_problems, sandbox_or_refusal
+from localize import UNKNOWN, by_oracle, by_self, by_verifier, parse_localization, review
+from rollout import HFEngine, Request, Task, connect, encode_prompt, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
 
 # ------------------------------------------------------------------------------------------------------------------ pass rate
 
@@ -198,6 +199,133 @@ def compare(a: Path, b: Path, resamples: int = 10_000) -> None:
         picks = np.random.default_rng(0).integers(len(differences), size=(resamples, len(differences)))
         low, high = np.percentile(differences[picks].mean(1), (2.5, 97.5))
         print(f"| {name} | {len(x)} | {np.mean(list(x.values())):.3f} | {np.mean(list(y.values())):.3f} | {differences.mean():+.3f} ({low:+.3f} to {high:+.3f}) |")
+
+
+# --------------------------------------------------------------------------------------------------------------- localization
+
+
+def command_localization(args) -> None:
+    """How well a policy finds the first wrong thought: on labelled solutions (ProcessBench, `data.prepare`), or on failures of its own."""
+    model, tokenizer = load_policy(args.model)
+    context = model.config.get_text_config().max_position_embeddings
+    engine = make_engine(args.engine, args.model, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, context, args.max_rows)
+    if is_labelled(args.data):
+        result = on_labelled(load_labelled(args.data)[: args.problems], tokenizer, engine, context, args)
+    else:
+        problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
+        reference = by_verifier if all(p.check_steps for p in problems) else by_oracle
+        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, localize_temperature=args.temperature, oracle_samples=8, oracle_tau=0.1)
+        result = on_own_failures(tasks, engine, reference)
+    print(f"{args.model} on {args.data}; counters {dict(counters)}")
+    for name, value in result.items():
+        print(f"{name}: {value}")
+
+
+def is_labelled(source: str) -> bool:
+    return Path(source).is_file() and '"label"' in Path(source).open(encoding="utf-8").readline()
+
+
+def load_labelled(source: str) -> list[dict]:
+    """Records with question, steps (H texts), and label: 0-based index of the first wrong step, -1 for none."""
+    records = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
+    for number, r in enumerate(records, 1):
+        if not (isinstance(r.get("steps"), list) and r["steps"] and isinstance(r.get("label"), int) and -1 <= r["label"] < len(r["steps"])):
+            raise UserError(f"{source}, line {number}: needs steps (a list of texts) and label (-1, or a 0-based index into them)")
+    return records
+
+
+def ask(texts: list[str], tokenizer, engine, context: int, args) -> list[str | None]:
+    """What the policy answers to each text; None where a text does not fit its context."""
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    fits = [k for k, prompt in enumerate(prompts) if len(prompt) < context]
+    requests = [Request(k, "localization", prompts[k], 1, args.seed * 10**6 + k, min(args.tokens, context - len(prompts[k])), args.temperature, 1.0) for k in fits]
+    answers = dict(zip(fits, engine.sample(requests)))
+    return [answers[k][0].text if k in answers else None for k in range(len(prompts))]
+
+
+def on_labelled(records: list[dict], tokenizer, engine, context: int, args) -> dict:
+    """ProcessBench's accuracies and F1 with the prompt that may answer "no error", and SRPO's setting: told that the answer is wrong."""
+    named = [named_step(text, len(r["steps"])) for r, text in zip(records, ask([review(r["question"], r["steps"], UNKNOWN) for r in records], tokenizer, engine, context, args))]
+    wrong = [r for r in records if r["label"] >= 0]
+    told = [named_step(text, len(r["steps"])) for r, text in zip(wrong, ask([review(r["question"], r["steps"]) for r in wrong], tokenizer, engine, context, args))]
+    scores = processbench_scores([r["label"] for r in records], named)
+    exact = [h == r["label"] + 1 for h, r in zip(told, wrong)]
+    return scores | {
+        "told that it is wrong, exact": share(sum(exact), len(exact)),
+        "a step chosen at random": f"{np.mean([1 / len(r['steps']) for r in wrong]) if wrong else float('nan'):.3f}",
+        "no step named": f"{named.count(None)} of {len(named)}; told that it is wrong, {sum(h in (None, 0) for h in told)} of {len(told)}",
+    }
+
+
+def named_step(text: str | None, H: int) -> int | None:
+    """1-based step that an answer names, 0 for "no error", None for neither."""
+    h, how = parse_localization(text, H) if text is not None else (None, "too_long")
+    if h is None and how != "no_error":
+        counters[f"localize_{how}"] += 1
+    return 0 if how == "no_error" else h
+
+
+def processbench_scores(labels: list[int], named: list[int | None]) -> dict:
+    """Accuracy on erroneous solutions (exact step), on correct ones (0 named), and F1, their harmonic mean, as ProcessBench defines them.
+
+    labels: 0-based first wrong step, -1 for none; named: 1-based, 0 for no error, None for no answer (which is wrong)."""
+    hits = [n is not None and n == label + 1 for n, label in zip(named, labels)]
+    erroneous, correct = ([hit for hit, label in zip(hits, labels) if (label >= 0) == bad] for bad in (True, False))
+    a, b = (sum(part) / len(part) if part else float("nan") for part in (erroneous, correct))
+    return {"accuracy on erroneous": share(sum(erroneous), len(erroneous)), "accuracy on correct": share(sum(correct), len(correct)),
+            "F1": f"{2 * a * b / (a + b) if a + b else 0.0:.3f}"}  # fmt: skip
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% interval of a share, Wilson's.
+
+    >>> [round(x, 3) for x in wilson(5, 10)]
+    [0.237, 0.763]
+    """
+    z, p = 1.96, right / n
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share(right: int, n: int) -> str:
+    if not n:
+        return "none"
+    low, high = wilson(right, n)
+    return f"{right / n:.3f} ({low:.3f} to {high:.3f}, {right} of {n})"
+
+
+def on_own_failures(tasks: list[Task], engine, reference) -> dict:
+    """One failure of each problem, localized by the policy and by the reference; four suffixes from where the policy resets.
+
+    Deviation d = named - true first wrong step. d <= 0: a clean prefix; d > 0: the error is still in it."""
+    reviews = [r for r in run_programs([review_failure(task, reference) for task in tasks], engine)[0] if r]
+    named = [(h - truth, rewards) for h, truth, _, rewards in reviews if h is not None]
+    rate = lambda part: share(sum(r >= 1 for _, rewards in part for r in rewards), sum(len(rewards) for _, rewards in part))  # noqa: E731
+    clean, erroneous = ([item for item in named if (item[0] <= 0) == good] for good in (True, False))
+    result = {
+        "failures": f"{len(reviews)} of {len(tasks)} problems; reference: {reference.__name__.removeprefix('by_')}",
+        "exact": share(sum(d == 0 for d, _ in named), len(reviews)),
+        "a step chosen at random": f"{np.mean([1 / H for _, _, H, _ in reviews]) if reviews else float('nan'):.3f}",
+        "deviations": dict(sorted(Counter(d for d, _ in named).items())),
+        "corrected, from a clean prefix": rate(clean), "corrected, from an erroneous prefix": rate(erroneous),
+    }  # fmt: skip
+    for name, part in (("clean", clean), ("erroneous", erroneous)):
+        result[f"pass@4, from a prefix that is {name}"] = share(sum(any(r >= 1 for r in rewards) for _, rewards in part), len(part))
+    for low, high, name in ((-99, -2, "2 or more early"), (-1, -1, "1 early"), (0, 0, "exact"), (1, 1, "1 late"), (2, 99, "2 or more late")):
+        result[f"corrected, {name}"] = rate([item for item in named if low <= item[0] <= high])
+    return result
+
+
+def review_failure(task: Task, reference):
+    """Program: (the policy's h* or None, the reference's, H, rewards of four suffixes) of the first failure of two draws; None without one."""
+    (base,) = yield [task.request("base", 2)]
+    seed = next((r for r in base if r.reward < task.cfg.correct), None)
+    if seed is None:
+        return None
+    ((h, _),) = yield from by_self(task, [seed])
+    ((truth, _),) = yield from reference(task, [seed])
+    suffixes = (yield [task.request("suffix", 4, seed, h)])[0] if h else []
+    return h, truth, len(seed.thought_ends), [r.reward for r in suffixes]
 
 
 # --------------------------------------------------------------------------------------------------------------------- curves
@@ -422,6 +550,15 @@ def main(argv: list[str]) -> None:
     sub.add_argument("--max_rows", type=int, default=512, help="rows that a process samples at once")
     sub.add_argument("--out", type=Path, help="folder of the results (default: under benchmarks/)")
     sub.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="two results.json")
+    sub = command(command_localization, "how well a policy finds the first wrong thought")
+    sub.add_argument("--model", default=policy, help="folder or hub id")
+    sub.add_argument("--data", default="chain-12", help="processbench.jsonl of data.prepare; or any problems, for failures of the policy itself")
+    sub.add_argument("--problems", type=int, default=512, help="records or problems, at most")
+    sub.add_argument("--temperature", type=float, default=0.3, help="of localization")
+    sub.add_argument("--tokens", type=int, default=4096, help="longest localization answer")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
+    sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
+    sub.add_argument("--max_rows", type=int, default=512, help="rows sampled at once")
     sub = command(command_curves, "learning curves and a table of runs")
     sub.add_argument("runs", nargs="+", type=Path, help="run directories")
     sub.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")

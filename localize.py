@@ -22,7 +22,7 @@ import re
 from data.problems import DELIMITER, UserError, counters, last_boxed
 from rollout import TERSE, Request, Rollout, Task, encode_prompt
 
-INSTRUCTION = """The solution below was written for the problem below. Its thoughts are numbered. Its final answer is WRONG.
+INSTRUCTION = """The solution below was written for the problem below. Its thoughts are numbered. {verdict}
 
 Problem:
 {question}
@@ -30,9 +30,18 @@ Problem:
 Solution:
 {thoughts}
 
-Find the first thought that contains the error from which the wrong answer originates: not a later thought in which an earlier error
+Find the first thought that contains the error from which {what} originates: not a later thought in which an earlier error
 only becomes visible. Check the thoughts in order. End your reply with the number of that one thought in a box: \\boxed{{N}}, with N
-from 1 to {H}."""
+from 1 to {H}{unless}."""
+WRONG = dict(verdict="Its final answer is WRONG.", what="the wrong answer", unless="")  # SRPO's setting
+UNKNOWN = dict(verdict="It may be right or wrong.", what="all that is wrong", unless=", or \\boxed{0} if there is no error")  # for measurements
+
+
+def review(question: str, thoughts: list[str], setting: dict = WRONG) -> str:
+    """The text that asks for the first wrong one of H thoughts, which are shown from 1 to H without their delimiters."""
+    thoughts = [t.replace(DELIMITER, "").strip() or "(empty)" for t in thoughts]
+    numbered = "\n".join(f"[Thought {h}] {thought}" for h, thought in enumerate(thoughts, 1))
+    return INSTRUCTION.format(question=question, thoughts=numbered, H=len(thoughts), **setting)
 
 
 def localization_prompt(task: Task, seed: Rollout) -> list[int]:
@@ -43,10 +52,7 @@ def localization_prompt(task: Task, seed: Rollout) -> list[int]:
     tokenizer = task.vocabulary.tokenizer
     if TERSE in tokenizer.get_vocab():
         return seed.prompt_ids + seed.token_ids + [tokenizer.convert_tokens_to_ids(TERSE)]
-    thoughts = [t.replace(DELIMITER, "").strip() or "(empty)" for t in seed.thoughts(tokenizer)]
-    numbered = "\n".join(f"[Thought {h}] {thought}" for h, thought in enumerate(thoughts, 1))
-    text = INSTRUCTION.format(question=task.problem.question, thoughts=numbered, H=len(thoughts))
-    return encode_prompt(tokenizer, text)
+    return encode_prompt(tokenizer, review(task.problem.question, seed.thoughts(tokenizer)))
 
 
 def parse_localization(text: str, H: int) -> tuple[int | None, str]:

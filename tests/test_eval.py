@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ import eval as evaluation
 import speed
 from conftest import POLICY, ROOT
 from data.problems import UserError
+from localize import by_oracle, by_verifier
+from rollout import Rollout
+from test_verifiers import Words
 
 
 @pytest.mark.parametrize("n, c, k", [(6, 0, 2), (6, 2, 3), (6, 5, 2), (6, 6, 1), (5, 1, 5)])
@@ -133,6 +137,67 @@ def test_benchmark_refuses(benchmarked, flags, complaint):
     with pytest.raises(UserError, match=complaint):
         evaluation.main([*BENCH, "--out", str(benchmarked), *flags.split()])
     assert {p: p.read_bytes() for p in benchmarked.iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------------------------- localization
+
+
+def test_wilson():
+    assert evaluation.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and evaluation.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-3)
+    assert evaluation.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-3)  # published values
+
+
+def test_processbench_scores():
+    """Exact step of erroneous ones, "no error" of correct ones, harmonic mean; no answer is wrong for both."""
+    scores = evaluation.processbench_scores([0, 2, 2, 4, -1, -1], [1, 3, 2, None, 0, 1])
+    assert scores["accuracy on erroneous"].startswith("0.500") and scores["accuracy on correct"].startswith("0.500") and scores["F1"] == "0.500"
+    assert evaluation.processbench_scores([0, -1], [0, None])["F1"] == "0.000"
+
+
+class Reviewer:
+    """Stands in for an engine: answers each review with a given box, and keeps what it was asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = iter(answers), []
+
+    def sample(self, requests):
+        self.asked += [r.prompt_ids[0] for r in requests]
+        return [[Rollout(r.problem, r.purpose, r.prompt_ids, [1], [0.0], [1], "eos", text=next(self.answers))] for r in requests]
+
+
+def test_localization_on_labelled_solutions(tmp_path):
+    records = [{"question": "Q?", "steps": ["a", "b", "c"], "label": label} for label in (1, 0, -1)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert evaluation.is_labelled(str(tmp_path / "p.jsonl")) and not evaluation.is_labelled("chain-3")
+    engine = Reviewer(r"\boxed{2}", r"\boxed{3}", r"\boxed{0}", "hm", r"\boxed{1}")
+    args = SimpleNamespace(seed=0, tokens=9, temperature=0.3)
+    result = evaluation.on_labelled(evaluation.load_labelled(str(tmp_path / "p.jsonl")), Words(), engine, 99, args)
+    assert result["accuracy on erroneous"].startswith("0.500") and result["accuracy on correct"].startswith("1.000") and result["F1"] == "0.667"
+    assert result["told that it is wrong, exact"].startswith("0.500") and result["a step chosen at random"] == "0.333"
+    assert result["no step named"] == "0 of 3; told that it is wrong, 1 of 2"
+    open_, told = engine.asked[:3], engine.asked[3:]
+    assert all("no error" in text and "WRONG" not in text for text in open_) and all("WRONG" in text and "no error" not in text for text in told)
+    assert "[Thought 1] a\n[Thought 2] b\n[Thought 3] c" in told[0]
+    (tmp_path / "p.jsonl").write_text('{"question": "Q?", "steps": ["a"], "label": 1}')
+    with pytest.raises(UserError, match="line 1: needs steps"):
+        evaluation.load_labelled(str(tmp_path / "p.jsonl"))
+
+
+@pytest.mark.parametrize("reference", [by_verifier, by_oracle])
+def test_localization_on_own_failures(policy, reference):
+    """On chain-12 the policy finds nearly all of its first errors; suffixes start where it resets, and an error that is kept stays."""
+    tasks = policy.tasks(12, 24, oracle_samples=2, localize_temperature=0.3)
+    result = evaluation.on_own_failures(tasks, policy.engine, reference)
+    exact = float(result["exact"].split()[0])
+    assert (exact > 0.8) == (reference is by_verifier) and sum(result["deviations"].values()) <= 24
+    assert result["failures"].endswith("reference: " + reference.__name__.removeprefix("by_"))
+    late = result["corrected, from an erroneous prefix"]
+    assert late == "none" or float(late.split()[0]) < 0.2
+
+
+def test_localization_command(capsys):
+    evaluation.main(["localization", "--engine", "hf", "--problems", "4", "--data", "chain-4"])
+    assert "a step chosen at random: 0." in capsys.readouterr().out
 
 
 def test_the_committed_model_card_is_what_the_policy_does(policy):
