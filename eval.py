@@ -2,12 +2,13 @@
 
     python eval.py benchmark --model DIR --data chain-12 gsm8k.jsonl --n 8   # mean@n with intervals, pass@k; resumes; torchrun runs it too
     python eval.py localization --model DIR --data processbench.jsonl # first-error accuracy and F1; with problems: on the policy's own failures
+    python eval.py self-correct --model DIR --data chain-12           # resets at test time, beside best-of-n at equal tokens
     python eval.py benchmark --compare A/results.json B/results.json  # paired difference of two policies
     python eval.py curves RUN_DIR [RUN_DIR...] --out curves.png       # learning curves; runs that differ only in their seed become mean and spread
     python eval.py card --model data/policy --write                   # the model card of the embedded policy, measured
     python eval.py phases RUN_DIR [RUN_DIR...]                        # seconds per step by phase
 
-Left out: the HTML report, and self-correction at test time.
+Left out: the HTML report.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from data.problems import UserError, counters, generate_chains, last_boxed, load_problems, sandbox_or_refusal
-from localize import UNKNOWN, by_oracle, by_self, by_verifier, parse_localization, review
+from localize import UNKNOWN, WRONG, by_oracle, by_self, by_verifier, fallback, localization_prompt, parse_localization, review
 from rollout import HFEngine, Request, Task, connect, encode_prompt, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
 
 # ------------------------------------------------------------------------------------------------------------------ pass rate
@@ -328,6 +329,71 @@ def review_failure(task: Task, reference):
     return h, truth, len(seed.thought_ends), [r.reward for r in suffixes]
 
 
+# ----------------------------------------------------------------------------------------------------------- self-correction
+
+
+def command_self_correct(args) -> None:
+    """Resets at test time: localize, reset, sample again, until the judge is satisfied. Beside it the same with restarts from the prompt,
+    which is best-of-n; both by round and at equal generated tokens, reviews included."""
+    model, tokenizer = load_policy(args.model)
+    context = model.config.get_text_config().max_position_embeddings
+    engine = make_engine(args.engine, args.model, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, context, args.max_rows)
+    problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
+    curves = {}
+    for reset in (True, False):
+        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature, localize_fallback="random")
+        traces = np.array(run_programs([self_correct(task, args.rounds, args.judge, reset) for task in tasks], engine)[0], float)  # [problems, rounds + 1, 2]
+        curves[reset] = traces[..., 0] >= 1, traces[..., 1].mean(0)
+    print(f"{args.model} on {args.data}: {len(problems)} problems, T = {args.temperature}, judge: {args.judge}; counters {dict(counters)}")
+    print("| rounds | resets: accuracy | tokens | best of rounds + 1: accuracy | tokens | best of n at the tokens of resets |\n|---|---|---|---|---|---|")
+    for k in range(args.rounds + 1):
+        (right, tokens), (restarted, costs) = curves[True], curves[False]
+        at_equal = f"{np.interp(tokens[k], costs, restarted.mean(0)):.3f}" if tokens[k] <= costs[-1] + 1e-9 else "beyond"
+        print(f"| {k} | {right[:, k].mean():.3f} ± {half_interval(right[:, k]):.3f} | {tokens[k]:.0f} | {restarted[:, k].mean():.3f} ± {half_interval(restarted[:, k]):.3f} "
+              f"| {costs[k]:.0f} | {at_equal} |")  # fmt: skip
+    print("± is half a 95% interval over problems; tokens are generated ones per problem")
+
+
+def self_correct(task: Task, rounds: int, judge: str, reset: bool):
+    """Program: [(reward of the response it would give, tokens generated so far)] after each of 0..rounds corrections.
+
+    judge: `verifier` stops at a right answer; `self` where the policy, shown its response, finds no error. reset: sample again from before the
+    thought that the policy names as its first wrong one (else from the prompt: then rounds + 1 responses are best-of-n)."""
+    ((now,),) = yield [task.request("base", 1)]
+    tokens, trace = now.generated, []
+    for k in range(rounds + 1):
+        trace.append((now.reward, tokens))
+        if k == rounds or judge == "verifier" and now.reward >= task.cfg.correct:
+            break
+        h = 1
+        if judge == "self" or reset:
+            setting = UNKNOWN if judge == "self" else WRONG
+            h, how, spent = yield from locate(task, now, setting)
+            tokens += spent
+            if how == "no_error" and judge == "self":
+                break
+            h = h if reset and h else 1 if not reset else fallback(task, now)
+        ((now,),) = yield [task.request("suffix", 1, now, h)]
+        tokens += now.generated
+    return trace + [trace[-1][:1] + (tokens,)] * (rounds + 1 - len(trace))
+
+
+def locate(task: Task, rollout, setting: dict):
+    """(h* or None, how, tokens spent): one review of a response by the policy."""
+    prompt = localization_prompt(task, rollout, setting)
+    if len(prompt) >= task.context:
+        counters["localize_too_long"] += 1
+        return None, "too_long", 0
+    cfg = task.cfg
+    request = Request(task.problem.index, "localization", prompt, 1, int(task.rng.integers(2**62)), min(cfg.localize_tokens, task.context - len(prompt)),
+                      cfg.localize_temperature, 1.0)  # fmt: skip
+    ((answer,),) = yield [request]
+    h, how = parse_localization(answer.text, len(rollout.thought_ends))
+    if h is None and how != "no_error":
+        counters[f"localize_{how}"] += 1
+    return h, how, answer.generated
+
+
 # --------------------------------------------------------------------------------------------------------------------- curves
 
 
@@ -535,7 +601,7 @@ def main(argv: list[str]) -> None:
     policy = str(Path(__file__).resolve().parent / "data" / "policy")
 
     def command(function, help):
-        sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help)
+        sub = commands.add_parser(function.__name__.removeprefix("command_").replace("_", "-"), help=help)
         sub.set_defaults(function=function)
         return sub
 
@@ -556,6 +622,16 @@ def main(argv: list[str]) -> None:
     sub.add_argument("--problems", type=int, default=512, help="records or problems, at most")
     sub.add_argument("--temperature", type=float, default=0.3, help="of localization")
     sub.add_argument("--tokens", type=int, default=4096, help="longest localization answer")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
+    sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
+    sub.add_argument("--max_rows", type=int, default=512, help="rows sampled at once")
+    sub = command(command_self_correct, "localize, reset and sample again at test time, beside best-of-n")
+    sub.add_argument("--model", default=policy, help="folder or hub id")
+    sub.add_argument("--data", default="chain-12", help="JSON-lines file or chain-K")
+    sub.add_argument("--problems", type=int, default=256, help="problems, at most")
+    sub.add_argument("--rounds", type=int, default=8, help="corrections, at most")
+    sub.add_argument("--judge", choices=["verifier", "self"], default="verifier", help="who says when to stop")
+    sub.add_argument("--temperature", type=float, default=1.0, help="of the responses")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
     sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
     sub.add_argument("--max_rows", type=int, default=512, help="rows sampled at once")

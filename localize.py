@@ -44,7 +44,7 @@ def review(question: str, thoughts: list[str], setting: dict = WRONG) -> str:
     return INSTRUCTION.format(question=question, thoughts=numbered, H=len(thoughts), **setting)
 
 
-def localization_prompt(task: Task, seed: Rollout) -> list[int]:
+def localization_prompt(task: Task, seed: Rollout, setting: dict = WRONG) -> list[int]:
     """Token ids that ask the policy for the first wrong thought of `seed`.
 
     Terse form: prompt + response + <locate>, on token ids as they were sampled. Otherwise the instruction above, through the chat
@@ -52,7 +52,7 @@ def localization_prompt(task: Task, seed: Rollout) -> list[int]:
     tokenizer = task.vocabulary.tokenizer
     if TERSE in tokenizer.get_vocab():
         return seed.prompt_ids + seed.token_ids + [tokenizer.convert_tokens_to_ids(TERSE)]
-    return encode_prompt(tokenizer, review(task.problem.question, seed.thoughts(tokenizer)))
+    return encode_prompt(tokenizer, review(task.problem.question, seed.thoughts(tokenizer), setting))
 
 
 def parse_localization(text: str, H: int) -> tuple[int | None, str]:

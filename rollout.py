@@ -23,8 +23,10 @@ Try it alone:  python rollout.py        # samples a base group from the embedded
 import os
 import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Callable, Generator, Iterable
 
@@ -93,6 +95,7 @@ class Request:
     max_thoughts: int | None = None  # prefix included; None: no thoughts in it (a localization answer), it ends at eos or max_tokens
     max_tokens_per_thought: int | None = None
     grade: Callable[[str], float] | None = None
+    slow: bool = False  # grading waits for other processes: it is done in threads, while sampling goes on
 
 
 # ---------------------------------------------------------------------------------------------------------------- boundaries
@@ -183,7 +186,7 @@ class Task:
             max_tokens=min(room, cfg.max_thoughts * cfg.max_tokens_per_thought - len(prefix)),
             temperature=cfg.temperature, top_p=cfg.top_p,
             prefix_ids=prefix, prefix_logps=seed.logps[: len(prefix)] if seed else [], prefix_ends=seed.thought_ends[: h - 1] if seed else [],
-            max_thoughts=cfg.max_thoughts, max_tokens_per_thought=cfg.max_tokens_per_thought, grade=self.problem.grade,
+            max_thoughts=cfg.max_thoughts, max_tokens_per_thought=cfg.max_tokens_per_thought, grade=self.problem.grade, slow=self.problem.slow,
         )  # fmt: skip
 
 
@@ -312,16 +315,25 @@ def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], 
     for i in range(share, len(programs), shares):
         generated[i] = []
         advance(i, None)
+    grading: dict[int, tuple[list[Rollout], list]] = {}  # by ticket: rollouts, and their rewards or promises of them
     while owner:
         start = time.perf_counter()
-        finished = engine.finished()
+        finished = engine.finished() if len(grading) < len(owner) else []
         sampled = time.perf_counter()
         seconds["sample"] += sampled - start
         for ticket, rollouts in finished:
-            i, place, request = owner.pop(ticket)
-            for rollout in rollouts:
-                rollout.reward = request.grade(rollout.text) if request.grade else None
+            request = owner[ticket][2]
             tokens[request.purpose] += sum(r.generated for r in rollouts)
+            grade = request.grade or (lambda text: None)
+            grading[ticket] = rollouts, [graders().submit(grade, r.text) if request.slow else grade(r.text) for r in rollouts]
+        ready = [t for t, (_, rewards) in grading.items() if not engine.streams or all(not isinstance(r, Future) or r.done() for r in rewards)]
+        if not ready and len(grading) == len(owner):  # nothing is left to sample meanwhile
+            wait([r for _, rewards in grading.values() for r in rewards if isinstance(r, Future) and not r.done()], return_when=FIRST_COMPLETED)
+        for ticket in ready:
+            rollouts, rewards = grading.pop(ticket)
+            for rollout, reward in zip(rollouts, rewards):
+                rollout.reward = reward.result() if isinstance(reward, Future) else reward
+            i, place, _ = owner.pop(ticket)
             waiting[i][place] = rollouts
         seconds["grade"] += time.perf_counter() - sampled
         for i in sorted(i for i, groups in waiting.items() if None not in groups):
@@ -337,6 +349,12 @@ def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], 
     seconds["wait"] = time.perf_counter() - start
     done, generated = ({i: x for part in parts for i, x in part[k].items()} for k in (0, 1))
     return [done[i] for i in range(len(programs))], [r for i in range(len(programs)) for r in generated[i]], seconds
+
+
+@cache
+def graders() -> ThreadPoolExecutor:
+    """Threads that wait for slow verifiers: sandboxed programs, math-verify's processes."""
+    return ThreadPoolExecutor(os.cpu_count())
 
 
 def connect() -> tuple[torch.device, bool]:
@@ -379,9 +397,10 @@ def rank() -> int:
 class Engine:
     """What samples. `start` takes a request and gives a ticket; `finished` samples until requests are complete, and gives their rollouts.
 
+    streams: whether `finished` can give some requests while others are still sampled.
     share: (k, n), it takes every n-th program from the k-th on. speaks: whether it reports them (of engines that run the same ones, one)."""
 
-    tickets = 0
+    tickets, streams = 0, False
 
     def ticket(self) -> int:
         self.tickets += 1
@@ -522,7 +541,7 @@ class VLLMEngine(Engine):
     Under torchrun every process has an engine of its own, or `tp` neighbours share one by tensor parallelism: then all of them run
     the same programs, in step, and the first one speaks for them. Raises what vLLM raises where it cannot be built (`make_engine`)."""
 
-    name = "vllm"
+    name, streams = "vllm", True
     FAULTS = (ImportError, OSError, RuntimeError, ValueError, AssertionError, AttributeError)  # of an engine that does not construct
 
     def __init__(self, source, model, tokenizer, context: int, max_rows: int = 512, memory: float = 0.5, tp: int = 1):

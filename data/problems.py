@@ -18,7 +18,9 @@ Try it alone:  python -m data.problems        # prints one problem, its true tho
 """
 
 import json
+import os
 import re
+import threading
 from collections import Counter
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass
@@ -30,6 +32,14 @@ import numpy as np
 
 DELIMITER = "</thought>"
 counters: Counter = Counter()  # named grading faults (no box, not an integer, timeout, ...), read and cleared by every step line
+
+
+_counting = threading.Lock()
+
+
+def count(fault: str) -> None:
+    with _counting:  # slow verifiers run in threads
+        counters[fault] += 1
 
 
 class UserError(Exception):
@@ -51,13 +61,18 @@ class Problem:
     check_steps: Callable[[list[str]], int | None] | None = None
     tests: dict | None = None
 
+    @property
+    def slow(self) -> bool:
+        """Whether grading waits for another process: then several responses are graded at once, while sampling goes on."""
+        return self.kind in ("code", "math")
+
     def grade(self, response: str) -> float:
         """Reward of a response, in [0, 1]: 1.0 if the content of its last box is the answer, else 0.0; code: the share of tests passed."""
         if self.kind == "code":
             return grade_code(response, self.tests)
         boxed = last_boxed(response)
         if boxed is None:
-            counters["no_box"] += 1
+            count("no_box")
             return 0.0
         return GRADERS[self.kind](boxed, self.answer)
 
@@ -98,7 +113,7 @@ def last_boxed(text: str) -> str | None:
 def grade_integer(boxed: str, answer: str) -> float:
     """1.0 if both are the same integer. Only an optional sign and up to 1000 ASCII digits (with thousands commas) count as one."""
     if not re.fullmatch(r"[+-]?(\d{1,1000}|\d{1,3}(,\d{3}){1,300})", boxed, re.ASCII):
-        counters["not_an_integer"] += 1
+        count("not_an_integer")
         return 0.0
     return float(int(boxed.replace(",", "")) == int(answer.replace(",", "")))
 
@@ -126,7 +141,7 @@ def _math_pool():
 
     from pebble import ProcessPool
 
-    return ProcessPool(max_workers=1, context=multiprocessing.get_context("spawn"))
+    return ProcessPool(max_workers=os.cpu_count(), context=multiprocessing.get_context("spawn"))
 
 
 def grade_math(boxed: str, answer: str, seconds: float = MATH_SECONDS) -> float:
@@ -134,19 +149,19 @@ def grade_math(boxed: str, answer: str, seconds: float = MATH_SECONDS) -> float:
     from pebble import ProcessExpired
 
     if len(boxed) > 2000:
-        counters["math_too_long"] += 1
+        count("math_too_long")
         return 0.0
     _math_pool().schedule(_math_equal, args=("1", "1")).result()  # start-up (importing sympy) is not the answer's fault
     try:
         reward = _math_pool().schedule(_math_equal, args=(boxed, answer), timeout=seconds).result()
     except TimeoutError:
-        counters["math_timeout"] += 1
+        count("math_timeout")
         return 0.0
     except (ProcessExpired, MemoryError, RecursionError):
-        counters["math_crash"] += 1
+        count("math_crash")
         return 0.0
     if reward < 0:
-        counters["math_unparsable"] += 1
+        count("math_unparsable")
         return 0.0
     return reward
 
@@ -164,7 +179,7 @@ def grade_choice(boxed: str, answer: str) -> float:
     letter = r"\(?([A-Za-z])\)?"
     found = re.fullmatch(rf"(?:(?:option|choice|answer)\s*:?\s*)?{letter}(?:\s*[.:)]\s*.*)?|\(([A-Za-z])\)\s.*", unwrapped(boxed)[:500], re.S | re.I)
     if not found:
-        counters["not_a_choice"] += 1
+        count("not_a_choice")
         return 0.0
     return float((found.group(1) or found.group(2)).upper() == answer.strip("() ").upper())
 
@@ -174,7 +189,7 @@ def grade_yes_no(boxed: str, answer: str) -> float:
     said = {"yes": True, "true": True, "no": False, "false": False}
     word = unwrapped(boxed).lower()
     if word not in said:
-        counters["not_yes_or_no"] += 1
+        count("not_yes_or_no")
         return 0.0
     return float(said[word] == said[answer.strip().lower()])
 
@@ -184,7 +199,7 @@ def grade_text(boxed: str, answer: str) -> float:
     words = lambda text: " ".join(re.findall(r"[^\W_]+|[^\w\s]", text.casefold()))  # noqa: E731
     box, reference = words(unwrapped(boxed)), words(unwrapped(answer))
     if not reference or len(box) > 2 * len(reference) + 100:
-        counters["text_too_long"] += bool(reference)
+        count("text_too_long")
         return 0.0
     return float(f" {reference} " in f" {box} ")
 
@@ -195,7 +210,7 @@ def grade_code(response: str, tests: dict) -> float:
 
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response.replace(DELIMITER, ""), re.S)
     if not blocks:
-        counters["no_code"] += 1
+        count("no_code")
         return 0.0
     return share_passed(blocks[-1], tests)
 

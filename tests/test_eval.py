@@ -17,7 +17,7 @@ import speed
 from conftest import POLICY, ROOT
 from data.problems import UserError
 from localize import by_oracle, by_verifier
-from rollout import Rollout
+from rollout import Rollout, run_programs
 from test_verifiers import Words
 
 
@@ -198,6 +198,39 @@ def test_localization_on_own_failures(policy, reference):
 def test_localization_command(capsys):
     evaluation.main(["localization", "--engine", "hf", "--problems", "4", "--data", "chain-4"])
     assert "a step chosen at random: 0." in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------- self-correction
+
+
+def test_self_correction_stops_resets_and_counts(policy):
+    """With the verifier as judge accuracy never falls, tokens stop growing with the first right answer, and resets beat restarts here."""
+    curves = {}
+    for reset in (True, False):
+        tasks = policy.tasks(12, 48, localize_temperature=0.3)
+        traces, generated, _ = run_programs([evaluation.self_correct(task, 5, "verifier", reset) for task in tasks], policy.engine)
+        curves[reset] = traces
+        assert sum(trace[-1][1] for trace in traces) == sum(r.generated for r in generated)  # every generated token, reviews included
+        for trace in traces:
+            rewards, tokens = zip(*trace)
+            assert len(trace) == 6 and list(rewards) == sorted(rewards) and list(tokens) == sorted(tokens)
+            if 1.0 in rewards:
+                assert len(set(tokens[rewards.index(1.0) :])) == 1
+        assert any(r.purpose == "localization" for r in generated) == reset
+    assert sum(t[-1][0] for t in curves[True]) > sum(t[-1][0] for t in curves[False])
+    assert [t[0] for t in curves[True]] == [t[0] for t in curves[False]]  # the same first responses
+
+
+def test_self_judged_correction_ends_where_no_error_is_seen(policy, monkeypatch):
+    monkeypatch.setattr(evaluation, "parse_localization", lambda text, H: (None, "no_error"))
+    (task,) = policy.tasks(6, 1, localize_temperature=0.3)
+    (trace,), generated, _ = run_programs([evaluation.self_correct(task, 3, "self", True)], policy.engine)
+    assert len(trace) == 4 and len(generated) == 2 and len({reward for reward, _ in trace}) == 1 and trace[-1][1] == sum(r.generated for r in generated)
+
+
+def test_self_correct_command(capsys):
+    evaluation.main(["self-correct", "--engine", "hf", "--problems", "8", "--rounds", "1", "--data", "chain-4", "--judge", "self"])
+    assert "| 1 |" in capsys.readouterr().out
 
 
 def test_the_committed_model_card_is_what_the_policy_does(policy):

@@ -1,5 +1,7 @@
 """Sampling: thought boundaries, exact reset states, unbiased base groups, and the engine against plain forwards."""
 
+import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from conftest import Enumerable, Letters
 from data.problems import DELIMITER, counters
 from localize import by_random, by_verifier
 from loss import chosen_logps, collate
-from rollout import Request, Rollout, ThoughtTracker, Vocabulary, draw, grpo, resets, run_programs
+from rollout import Engine, Request, Rollout, ThoughtTracker, Vocabulary, draw, grpo, resets, run_programs
 
 
 def track(tokenizer, ids, max_thoughts=20, max_tokens_per_thought=99, max_tokens=999, prefix=(), prefix_ends=()):
@@ -311,3 +313,56 @@ def test_driver_returns_results_in_order_and_counts_everything(policy):
     assert [len(r) for r in results] == [3, 0, 5] and len(generated) == 8
     assert seconds["base"] > 0 and seconds["suffix"] > 0
     assert all(isinstance(r, Rollout) and r.reward is not None for r in generated)
+
+
+class Streaming(Engine):
+    """An engine that finishes one request a call, and notes when each call was made."""
+
+    streams, share, speaks = True, (0, 1), True
+
+    def __init__(self):
+        self.queue, self.calls = [], []
+
+    def start(self, request):
+        ticket = self.ticket()
+        self.queue.append((ticket, request))
+        return ticket
+
+    def finished(self):
+        ticket, request = self.queue.pop(0)
+        self.calls.append((time.monotonic(), request.problem))
+        return [(ticket, [Rollout(request.problem, request.purpose, [1], [1], [0.0], [1], "eos", text="x") for _ in range(request.n)])]
+
+
+def test_slow_grading_goes_on_while_others_sample():
+    """The first problem's verifier waits until the last request has been sampled: only an overlap lets it end. Each goes on when it is graded."""
+    engine, sampled_all, order = Streaming(), threading.Event(), []
+
+    def slow(text):
+        assert sampled_all.wait(20), "grading blocked sampling"
+        return 1.0
+
+    def program(i):
+        grade = slow if i == 0 else lambda text: float(i)
+        ((first,),) = yield [Request(i, "base", [1], 1, 0, 9, 1.0, 1.0, grade=grade, slow=i == 0)]
+        order.append(i)
+        ((second,),) = yield [Request(i, "suffix", [1], 1, 0, 9, 1.0, 1.0)]
+        if i == 3:
+            sampled_all.set()
+        return [first.reward, second.reward]
+
+    results, generated, _ = run_programs([program(i) for i in range(4)], engine)
+    assert results == [[1.0, None], [1.0, None], [2.0, None], [3.0, None]] and order == [1, 2, 3, 0]
+    assert [r.problem for r in generated] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_verifier_that_fails_stops_the_run(policy):
+    (task,) = policy.tasks(2, 1)
+    request = task.request("base", 2)
+    request.slow, request.grade = True, lambda text: 1 / 0
+
+    def program():
+        yield [request]
+
+    with pytest.raises(ZeroDivisionError):
+        run_programs([program()], policy.engine)

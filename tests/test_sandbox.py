@@ -117,7 +117,7 @@ def test_no_file_outside(tmp_path):
         assert said(attempt(look))[1].strip() == "PermissionError", path
     for write in (f"open({str(tmp_path / 'new')!r}, 'w')", f"open({str(tmp_path / 'data.jsonl')!r}, 'a')", "open('/tmp/new', 'w')", "open('../new', 'w')",
                   f"import os\nos.remove({str(tmp_path / 'data.jsonl')!r})", f"import os\nos.mkdir({str(tmp_path / 'd')!r})",
-                  f"import os\nos.symlink('/etc', 'link'); os.listdir('link')", "import os\nos.rename('/usr/bin/env', 'env')"):  # fmt: skip
+                  "import os\nos.symlink('/etc', 'link'); os.listdir('link')", "import os\nos.rename('/usr/bin/env', 'env')"):  # fmt: skip
         assert said(attempt(write))[1].strip() in ("PermissionError", "OSError", "FileNotFoundError"), write
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"] and (tmp_path / "data.jsonl").read_text() == "the expected answers"
     assert said(attempt("open('mine', 'w').write('x'); print(open('mine').read())"))[1].split() == ["x", "done"]
