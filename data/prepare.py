@@ -22,6 +22,7 @@ import pickle
 import random
 import re
 import sys
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,8 +293,10 @@ def main(argv: list[str]) -> None:
             write(path, problems)
             if name != "processbench":
                 load_problems(str(path), seed=0)
+            start = time.perf_counter()
             graded, rejected = check(problems)
-            verdict = f"; {graded - len(rejected)} of {graded} reference answers pass their own verifier ({1 - len(rejected) / graded:.2%})" if graded else ""
+            speed = f", {graded / (time.perf_counter() - start):.1f} a second" if graded else ""
+            verdict = f"; {graded - len(rejected)} of {graded} reference answers pass their own verifier ({1 - len(rejected) / graded:.2%}){speed}" if graded else ""
             print(f"{path}: {len(problems)} problems of {len(records)} records{verdict}")
             for p in rejected[:3]:
                 print(f"  rejected: {p['kind']} {p.get('answer', '')[:100]!r}")

@@ -26,9 +26,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 SECONDS = 6.0  # wall clock per test, and CPU time
+PROGRAM_SECONDS = 60.0  # wall clock of all tests of a program together; the tests that do not come to their turn are failed
 MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes of a file, and of output
 
@@ -194,21 +196,13 @@ def run_script(source: str, stdin: str, seconds: float = SECONDS, memory: int = 
 
 def call_function(source: str, name: str, args: list, seconds: float = SECONDS, memory: int = MEMORY):
     """What `name` (a function, or a method of class Solution) of a program returns for the args. Raises ValueError where it returns no literal."""
-    (asked, ask), (answers, answer) = os.pipe(), os.pipe()
-    process = Process("serve", [source, name, asked, answer], fds=(asked, answer), seconds=seconds, memory=memory)
-    os.close(asked), os.close(answer)
-    with os.fdopen(ask, "w") as asking:
-        try:
-            asking.write(literal(tuple(args)).replace("\n", " ") + "\n")
-        except BrokenPipeError:
-            pass  # it ended before it was asked
-    return read_literal(process, answers, seconds)
-
-
-def read_literal(process: Process, answers: int, seconds: float):
-    process.end(seconds)
-    with os.fdopen(answers, "rb") as answering:
-        line = answering.read(OUTPUT).split(b"\n")[0]
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answers:  # files: a pipe that nobody reads would block us or it
+        asked.write(literal(tuple(args)).replace("\n", " ").encode() + b"\n")
+        asked.seek(0)
+        fds = (asked.fileno(), answers.fileno())
+        Process("serve", [source, name, *fds], fds=fds, seconds=seconds, memory=memory).end(seconds)
+        answers.seek(0)
+        line = answers.read(OUTPUT).split(b"\n")[0]
     try:
         return ast.literal_eval(line.decode("utf-8", "replace"))
     except (SyntaxError, ValueError, MemoryError, RecursionError) as fault:
@@ -233,16 +227,18 @@ def share_passed(source: str, tests: dict, seconds: float = SECONDS) -> float:
     or {"check": code that defines check(candidate), "call": name, "setup": code}."""
     if "check" in tests:
         return float(passes_asserts(source, tests["call"], tests.get("setup", ""), tests["check"], seconds))
-    if "stdin" in tests:
-        passed = [same_output(run_script(source, given, seconds), expected) for given, expected in tests["stdin"]]
-    else:
-        passed = []
-        for args, expected in tests["cases"]:
-            try:
-                passed.append(plain(call_function(source, tests["call"], args, seconds)) == plain(expected))
-            except ValueError:
-                passed.append(False)
-    return sum(passed) / len(passed)
+    cases, passed, end = tests.get("stdin") or tests["cases"], 0, time.monotonic() + PROGRAM_SECONDS
+    for given, expected in cases:
+        if time.monotonic() > end:
+            break
+        if "stdin" in tests:
+            passed += same_output(run_script(source, given, seconds), expected)
+            continue
+        try:
+            passed += plain(call_function(source, tests["call"], given, seconds)) == plain(expected)
+        except ValueError:
+            pass  # no literal came back: failed
+    return passed / len(cases)
 
 
 def same_output(run: tuple[int | None, str], expected: str) -> bool:

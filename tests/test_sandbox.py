@@ -48,6 +48,26 @@ def test_programs(program, tests, share):
     assert share_passed(program, tests, seconds=5) == pytest.approx(share)
 
 
+def test_a_program_has_limited_time_for_all_its_tests(monkeypatch):
+    """What does not come to its turn is failed; what passed before counts."""
+    monkeypatch.setattr(sandbox, "PROGRAM_SECONDS", 3.0)
+    start = time.monotonic()
+    slow = "n = int(input())\nwhile n: pass\nprint(0)"
+    assert share_passed(slow, {"stdin": [["0", "0"]] + [["1", "0"]] * 50 + [["0", "0"]]}, seconds=1) == 1 / 52
+    assert time.monotonic() - start < 20
+
+
+def test_large_arguments_and_results():
+    """Larger than a pipe holds; also for a program that never reads them."""
+    numbers = list(range(100_000))
+    assert call_function("def f(x): return x[::-1]", "f", [numbers]) == numbers[::-1]
+    assert run_script("print(input()[::-1])", "ab" * 200_000)[1] == "ba" * 200_000 + "\n"
+    start = time.monotonic()
+    assert share_passed("while True: pass", {"call": "f", "cases": [[[numbers], 1]]}, seconds=1) == 0
+    assert share_passed("while True: pass", {"stdin": [["1" * 400_000, "1"]]}, seconds=1) == 0
+    assert time.monotonic() - start < 20
+
+
 def test_numbers_and_blanks():
     same = lambda a, b: sandbox.same_output((0, a), b)  # noqa: E731
     assert same("0.30000000000000004\n", "0.3") and same("1 2 \n3\n\n", "1 2\n3") and same("", "\n")
