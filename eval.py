@@ -95,7 +95,7 @@ def command_benchmark(args) -> None:
     device, _ = connect()
     model, tokenizer = load_policy(args.model)
     context = model.config.get_text_config().max_position_embeddings
-    engine = make_engine(args.engine, args.model, model.to(device), tokenizer, context, args.max_rows)
+    engine = make_engine(args.engine, args.model, model, tokenizer, context, args.max_rows, device=device if device.type == "cuda" else None)
     gather(None)  # nobody reads settings.json any more
     if main:
         out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def command_localization(args) -> None:
     """How well a policy finds the first wrong thought: on labelled solutions (ProcessBench, `data.prepare`), or on failures of its own."""
     model, tokenizer = load_policy(args.model)
     context = model.config.get_text_config().max_position_embeddings
-    engine = make_engine(args.engine, args.model, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, context, args.max_rows)
+    engine = make_engine(args.engine, args.model, model, tokenizer, context, args.max_rows, device=torch.device("cuda") if torch.cuda.is_available() else None)
     if is_labelled(args.data):
         result = on_labelled(load_labelled(args.data)[: args.problems], tokenizer, engine, context, args)
     else:
@@ -337,7 +337,7 @@ def command_self_correct(args) -> None:
     which is best-of-n; both by round and at equal generated tokens, reviews included."""
     model, tokenizer = load_policy(args.model)
     context = model.config.get_text_config().max_position_embeddings
-    engine = make_engine(args.engine, args.model, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, context, args.max_rows)
+    engine = make_engine(args.engine, args.model, model, tokenizer, context, args.max_rows, device=torch.device("cuda") if torch.cuda.is_available() else None)
     problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
     curves = {}
     for reset in (True, False):

@@ -20,6 +20,7 @@ Left out: speculative decoding, and keeping the KV cache of a seed for its suffi
 Try it alone:  python rollout.py        # samples a base group from the embedded policy and prints the cut thoughts
 """
 
+import copy
 import os
 import time
 from collections import Counter
@@ -426,13 +427,14 @@ class HFEngine(Engine):
     """Samples with a transformers model in this process: KV cache, one prefill per state, finished rows leave the batch.
 
     In a run of one CPU process it holds the trainer's own model, and `sync` has nothing to copy; where the trainer's is sharded it holds
-    one of its own (`copies`). Randomness is counter-based: token t of row i of a request uses uniform number t of the generator keyed
+    one of its own, on `device`, bf16 on a GPU. Randomness is counter-based: token t of row i of a request uses uniform number t of the generator keyed
     (request.seed, i), so a response does not depend on what else is in the batch, nor on the number of processes."""
 
     name, speaks = "hf", True
 
-    def __init__(self, model, tokenizer, max_rows: int = 512, copies: bool = False):
-        self.model, self.max_rows, self.copies = model, max_rows, copies
+    def __init__(self, model, tokenizer, max_rows: int = 512, device: torch.device | None = None):
+        self.max_rows, self.copies = max_rows, device is not None
+        self.model = copy.deepcopy(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32) if self.copies else model
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.pad = tokenizer.pad_token_id
         self.share = (rank(), processes())
@@ -662,9 +664,10 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32):
     return model, tokenizer
 
 
-def make_engine(name: str, source, model, tokenizer, context: int, max_rows: int = 512, memory: float = 0.5, tp: int = 1, copies: bool = False):
+def make_engine(name: str, source, model, tokenizer, context: int, max_rows: int = 512, memory: float = 0.5, tp: int = 1, device=None):
     """The engine called `name`: hf, vllm, or auto: vLLM where it imports and constructs on every process, else transformers; it says which
-    and why. Raises UserError where vllm was asked for and cannot be had."""
+    and why. device: transformers samples with a copy of the model there (None: with the model itself). Raises UserError where vllm was asked
+    for and cannot be had."""
     engine, why = None, "asked for"
     if name != "hf":
         try:
@@ -681,7 +684,7 @@ def make_engine(name: str, source, model, tokenizer, context: int, max_rows: int
     if engine is None:
         if tp > 1:
             raise UserError(f"--tp {tp} needs the vLLM engine ({why})")
-        engine = HFEngine(model, tokenizer, max_rows, copies)
+        engine = HFEngine(model, tokenizer, max_rows, device)
     if rank() == 0:
         print(f"engine: {engine.name} ({why})")
     return engine

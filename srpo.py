@@ -22,7 +22,6 @@ Departures from the paper's settings: sampling at T = 1 and top_p = 1 (other val
 unless --lora_rank is given. Left out: training and sampling on different GPUs, and overlapping them (that is no longer on-policy).
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -173,9 +172,7 @@ def train(cfg: Config) -> dict:
     train_prompts = encode_all(tokenizer, train_problems, context, cfg.train_data)
     eval_prompts = encode_all(tokenizer, eval_problems, context, cfg.eval_data)
     n_parameters = sum(p.numel() for p in model.parameters())
-    sampler = model if not sharded else copy.deepcopy(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    engine = make_engine(cfg.engine, cfg.model, sampler, tokenizer, context, cfg.max_rows, cfg.engine_memory, cfg.tp, copies=sharded)
-    del sampler
+    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, cfg.max_rows, cfg.engine_memory, cfg.tp, device if sharded else None)
     if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
         raise UserError("--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not give; use --engine hf or --top_p 1")
     torch.manual_seed(cfg.seed)
