@@ -271,6 +271,7 @@ def train(cfg: Config) -> dict:
         if stopping:
             break
     bar.close()
+    stop.restore()
     if main:
         if stopping:
             print(f"stopped after step {step + 1}; go on with: {command()} --resume {out_dir}")
@@ -315,8 +316,11 @@ class StopRequest:
 
     def __init__(self):
         self.requested = False
-        for sign in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sign, self.request)
+        self.before = {sign: signal.signal(sign, self.request) for sign in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self):
+        for sign, handler in self.before.items():
+            signal.signal(sign, handler)
 
     def request(self, *_):
         if self.requested:

@@ -186,10 +186,10 @@ def test_localization_on_labelled_solutions(tmp_path):
 @pytest.mark.parametrize("reference", [by_verifier, by_oracle])
 def test_localization_on_own_failures(policy, reference):
     """On chain-12 the policy finds nearly all of its first errors; suffixes start where it resets, and an error that is kept stays."""
-    tasks = policy.tasks(12, 24, oracle_samples=2, localize_temperature=0.3)
+    tasks = policy.tasks(12, 12, oracle_samples=1, localize_temperature=0.3)
     result = evaluation.on_own_failures(tasks, policy.engine, reference)
     exact = float(result["exact"].split()[0])
-    assert (exact > 0.8) == (reference is by_verifier) and sum(result["deviations"].values()) <= 24
+    assert (exact > 0.8) == (reference is by_verifier) and sum(result["deviations"].values()) <= 12
     assert result["failures"].endswith("reference: " + reference.__name__.removeprefix("by_"))
     late = result["corrected, from an erroneous prefix"]
     assert late == "none" or float(late.split()[0]) < 0.2
@@ -207,13 +207,13 @@ def test_self_correction_stops_resets_and_counts(policy):
     """With the verifier as judge accuracy never falls, tokens stop growing with the first right answer, and resets beat restarts here."""
     curves = {}
     for reset in (True, False):
-        tasks = policy.tasks(12, 48, localize_temperature=0.3)
-        traces, generated, _ = run_programs([evaluation.self_correct(task, 5, "verifier", reset) for task in tasks], policy.engine)
+        tasks = policy.tasks(12, 32, localize_temperature=0.3)
+        traces, generated, _ = run_programs([evaluation.self_correct(task, 3, "verifier", reset) for task in tasks], policy.engine)
         curves[reset] = traces
         assert sum(trace[-1][1] for trace in traces) == sum(r.generated for r in generated)  # every generated token, reviews included
         for trace in traces:
             rewards, tokens = zip(*trace)
-            assert len(trace) == 6 and list(rewards) == sorted(rewards) and list(tokens) == sorted(tokens)
+            assert len(trace) == 4 and list(rewards) == sorted(rewards) and list(tokens) == sorted(tokens)
             if 1.0 in rewards:
                 assert len(set(tokens[rewards.index(1.0) :])) == 1
         assert any(r.purpose == "localization" for r in generated) == reset

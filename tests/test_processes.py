@@ -125,7 +125,7 @@ def test_ctrl_c_saves_in_every_process(tmp_path):
 
 @pytest.mark.parametrize(
     "flags, complaint",
-    [("--train_data none.jsonl", "none.jsonl: no such data file"), ("--tp 3", "--tp 3 must divide the number of processes, 2"), ("--out_dir /proc/run", "cannot write to")],
+    [("--tp 3", "--tp 3 must divide the number of processes, 2"), ("--out_dir /proc/run", "cannot write to")],  # on all, and on the first
 )
 def test_bad_input_is_said_once(tmp_path, flags, complaint):
     flags = [*SMALL, "--out_dir", tmp_path / "run", *flags.split()]

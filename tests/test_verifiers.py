@@ -1,4 +1,4 @@
-"""Verifiers and the public sets: tables of real and hostile answers, every set's layout, and, where the real files are, all their references."""
+"""Verifiers and the public sets: tables of real and hostile answers, every set's layout, and, where the real files are, a share of their references."""
 
 import base64
 import json
@@ -196,11 +196,11 @@ EQUAL = {("5", "x=5"), ("0.0", "0")}  # neighbours that are the same answer in o
 
 @real
 @pytest.mark.parametrize("name", FILES)
-def test_every_real_reference_passes_and_its_neighbour_does_not(name):
+def test_real_references_pass_and_their_neighbours_do_not(name):
     (problems,) = convert(name, prepare.read_local(DATA / FILES[name])).values()
-    graded, rejected = prepare.check(problems if name != "humaneval" else problems[::4])
+    graded, rejected = prepare.check(problems[:: max(1, len(problems) // 40)])  # the command grades all of them
     assert graded >= 30 and len(rejected) <= 0.005 * graded, rejected[:3]
-    math = [p for p in problems if p["kind"] == "math"][:400]
+    math = [p for p in problems if p["kind"] == "math"][:50]
     for p, neighbour in zip(math, math[1:]):
         if p["answer"] != neighbour["answer"] and (p["answer"], neighbour["answer"]) not in EQUAL:
             assert Problem(0, "", p["answer"], "math").grade(f"\\boxed{{{neighbour['answer']}}}") == 0, (p["answer"], neighbour["answer"])
