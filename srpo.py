@@ -618,7 +618,7 @@ def main(argv: list[str]) -> None:
             time.sleep(5)  # where all processes fail alike, the first one's line is enough: torchrun ends the others meanwhile
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
-    if dist.is_initialized():
+    if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM closes its groups, and ours, when the program ends
         dist.destroy_process_group()
 
 
