@@ -4,11 +4,11 @@
     python eval.py localization --model DIR --data processbench.jsonl # first-error accuracy and F1; with problems: on the policy's own failures
     python eval.py self-correct --model DIR --data chain-12           # resets at test time, beside best-of-n at equal tokens
     python eval.py benchmark --compare A/results.json B/results.json  # paired difference of two policies
-    python eval.py curves RUN_DIR [RUN_DIR...] --out curves.png       # learning curves; runs that differ only in their seed become mean and spread
-    python eval.py card --model data/policy --write                   # the model card of the embedded policy, measured
-    python eval.py phases RUN_DIR [RUN_DIR...]                        # seconds per step by phase
+    python eval.py curves RUN_DIR [RUN_DIR...] --out curves.png       # learning curves, results, costs; runs that differ only in their seed are one
+    python eval.py report RUN_DIR [RUN_DIR...] --out report.html      # one page: curves, metrics by phase, and the tree of every problem
+    python eval.py study | signal | anatomy                           # the paper's claims, and gradients (data/study.py)
 
-Left out: the HTML report.
+Left out: judge models, and statistics over more than seeds or problems.
 """
 
 import argparse
@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.problems import UserError, counters, generate_chains, last_boxed, load_problems, sandbox_or_refusal
-from localize import UNKNOWN, WRONG, by_oracle, by_self, by_verifier, fallback, localization_prompt, parse_localization, review
-from rollout import HFEngine, Request, Task, connect, encode_prompt, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
+from data.problems import UserError, counters, last_boxed, load_problems, sandbox_or_refusal
+from localize import UNKNOWN, WRONG, by_oracle, by_self, by_verifier, fallback, parse_localization, review, reviewed
+from rollout import Request, Task, connect, encode_prompt, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
 
 # ------------------------------------------------------------------------------------------------------------------ pass rate
 
@@ -368,8 +368,8 @@ def self_correct(task: Task, rounds: int, judge: str, reset: bool):
         h = 1
         if judge == "self" or reset:
             setting = UNKNOWN if judge == "self" else WRONG
-            h, how, spent = yield from locate(task, now, setting)
-            tokens += spent
+            ((h, how, answer),) = yield from reviewed(task, [now], setting)
+            tokens += answer.generated if answer else 0
             if how == "no_error" and judge == "self":
                 break
             h = h if reset and h else 1 if not reset else fallback(task, now)
@@ -378,87 +378,97 @@ def self_correct(task: Task, rounds: int, judge: str, reset: bool):
     return trace + [trace[-1][:1] + (tokens,)] * (rounds + 1 - len(trace))
 
 
-def locate(task: Task, rollout, setting: dict):
-    """(h* or None, how, tokens spent): one review of a response by the policy."""
-    prompt = localization_prompt(task, rollout, setting)
-    if len(prompt) >= task.context:
-        counters["localize_too_long"] += 1
-        return None, "too_long", 0
-    cfg = task.cfg
-    request = Request(task.problem.index, "localization", prompt, 1, int(task.rng.integers(2**62)), min(cfg.localize_tokens, task.context - len(prompt)),
-                      cfg.localize_temperature, 1.0)  # fmt: skip
-    ((answer,),) = yield [request]
-    h, how = parse_localization(answer.text, len(rollout.thought_ends))
-    if h is None and how != "no_error":
-        counters[f"localize_{how}"] += 1
-    return h, how, answer.generated
-
-
-# --------------------------------------------------------------------------------------------------------------------- curves
+# ---------------------------------------------------------------------------------------------------------------------- runs
 
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
-    """(config, step lines) of a run directory. Raises UserError if it is none."""
+    """(settings, step lines) of a run directory; each line also gets trained_total (tokens) and seconds_total (without evaluations), both
+    summed up to it. Raises UserError if it is none."""
     try:
         config = json.loads((run / "config.json").read_text())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as fault:
         raise UserError(f"{run}: not a run directory of srpo.py ({fault})")
+    trained = seconds = 0.0
+    for line in lines:
+        line["trained_total"] = trained = trained + line.get("trained_tokens", 0)
+        line["seconds_total"] = seconds = seconds + sum(line.get("seconds", {}).values())
     return config, lines
 
 
 def name_of(config: dict) -> str:
-    """What tells a run apart from others of one study, without its seed."""
+    """What tells a run apart from others of one study, without its seed: `srpo 1x4 verifier`."""
     if config["method"] == "grpo":
         return "grpo"
     parts = [config["method"], f"{config['prefixes']}x{config['suffixes']}"]
     parts += [config["localizer"]] if config["localizer"] not in ("self", "random") else []
     parts += [config["seed_choice"]] if config["seed_choice"] != "first" else []
     parts += ["fresh seeds"] if config["seed_source"] != "base" else []
+    parts += ["unmasked"] if not config.get("mask_prefix", True) else []
+    parts += ["clipped"] if config.get("clip") else []
+    parts += [f"{config['updates']} updates"] if config.get("updates", 1) > 1 else []
     return " ".join(parts)
 
 
-def by_name(runs: list[Path]) -> dict[str, list[tuple[dict, list[dict]]]]:
+Named = dict[str, list[tuple[Path, dict, list[dict]]]]  # name: [(folder, settings, step lines)], one for each seed
+
+
+def by_name(runs: list[Path]) -> Named:
+    """Runs that differ only in their seed share a name; it says learning rate, data or model where the runs differ in them."""
+    read = [(Path(run), *read_run(Path(run))) for run in runs]
+    varied = [key for key in ("lr", "train_data", "model") if len({config.get(key) for _, config, _ in read}) > 1]
     named = defaultdict(list)
-    for run in runs:
-        config, lines = read_run(Path(run))
-        named[name_of(config)].append((config, lines))
-    return named
+    for run, config, lines in read:
+        named[" ".join([name_of(config), *(f"{key} {config.get(key)}" for key in varied)])].append((run, config, lines))
+    return dict(named)
 
 
-def draw_curves(runs: list[Path], out: Path) -> None:
-    """Held-out pass rate against steps and against generated tokens; with several seeds of a name, their mean and range."""
+def interval(values, statistic=lambda x: x.mean(0), resamples: int = 4000) -> tuple[float, float, float]:
+    """(statistic, 2.5% and 97.5% of its bootstrap) over the first axis of `values`: seeds, with everything that is paired by seed in a row."""
+    values = np.asarray(values, float)
+    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    drawn = np.array([statistic(values[pick]) for pick in picks])
+    return (statistic(values), *np.percentile(drawn, (2.5, 97.5), axis=0))
+
+
+AXES = {"step": ("step", 1), "total_tokens": ("million generated tokens, all purposes", 1e6), "trained_total": ("million trained tokens", 1e6),
+        "seconds_total": ("seconds, without evaluations", 1)}  # fmt: skip
+
+
+def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
+    """Held-out pass rate against each of `axes` (keys of AXES); with several seeds of a name, their mean and its 95% interval."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, len(axes), figsize=(5 * len(axes), 3.8), sharey=True, layout="constrained")
+    for color, (name, members) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, named.items()):
+        evaluations = [[x for x in lines if "eval_pass_rate" in x] for _, _, lines in members]
+        shared = min(map(len, evaluations))
+        mean, low, high = interval([[x["eval_pass_rate"] for x in points[:shared]] for points in evaluations])
+        for panel, key in zip(panels, axes):
+            x = np.mean([[x[key] for x in points[:shared]] for points in evaluations], 0) / AXES[key][1]
+            panel.plot(x, mean, color=color, label=name if len(members) == 1 else f"{name} ({len(members)} seeds)", marker="o", markersize=3)
+            if len(members) > 1:
+                panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    if len(named) == 1 and len(members) == 1:  # one run: its training rates too, which have a point at every step
+        for key, label in (("pass_base", "base groups"), ("pass_suffix", "suffix groups")):
+            seen = [x for x in members[0][2] if x["step"] > 0 and x[key] is not None]
+            for panel, axis in zip(panels, axes):
+                panel.plot([x[axis] / AXES[axis][1] for x in seen], [x[key] for x in seen], label=f"{label} (training)", linewidth=0.8, alpha=0.6)
+    for panel, axis in zip(panels, axes):
+        panel.set(xlabel=AXES[axis][0])
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel="held-out pass rate", ylim=(0, None))
+    panels[0].legend(fontsize=8, loc="upper left")
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-    named = by_name(runs)
-    for color, (name, members) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, named.items()):
-        points = [[(x["step"], x["total_tokens"] / 1e6, x["eval_pass_rate"]) for x in lines if "eval_pass_rate" in x] for _, lines in members]
-        shared = min(map(len, points))
-        steps, tokens, rates = np.array([p[:shared] for p in points]).transpose(2, 0, 1)  # each [seeds, evaluations]
-        for axis, x in zip(axes, (steps.mean(0), tokens.mean(0))):
-            label = name if len(members) == 1 else f"{name} ({len(members)} seeds)"
-            axis.plot(x, rates.mean(0), color=color, label=label, marker="o", markersize=3)
-            if len(members) > 1:
-                axis.fill_between(x, rates.min(0), rates.max(0), color=color, alpha=0.15, linewidth=0)
-    if len(named) == 1 and len(members) == 1:  # one run: its training rates too, which have a point at every step
-        lines = [x for x in members[0][1] if x["step"] > 0]
-        for key, label in (("pass_base", "base groups"), ("pass_suffix", "suffix groups")):
-            seen = [(x["step"], x["total_tokens"] / 1e6, x[key]) for x in lines if x[key] is not None]
-            for axis, column in zip(axes, (0, 1)):
-                axis.plot([s[column] for s in seen], [s[2] for s in seen], label=f"{label} (training)", linewidth=0.8, alpha=0.6)
-    axes[0].set(xlabel="step", ylabel="pass rate", ylim=(0, 1))
-    axes[1].set(xlabel="million generated tokens (all purposes)")
-    axes[0].set_title("held-out pass rate by step", fontsize=10)
-    axes[1].set_title("at equal cost", fontsize=10)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, loc="upper left")
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    return plt
 
 
 def first_reach(lines: list[dict], target: float, key: str) -> float:
@@ -470,126 +480,60 @@ def first_reach(lines: list[dict], target: float, key: str) -> float:
     return float("nan")
 
 
+def final(run: Path, lines: list[dict]) -> tuple[float, float]:
+    """(pass rate, pass@8) after a run: from its benchmark where `study` made one, else the last held-out rate and nan."""
+    if (run / "benchmark" / "results.json").exists():
+        (result,) = json.loads((run / "benchmark" / "results.json").read_text())["results"].values()
+        return result["mean"], result["pass_at"]["8"]
+    return [x["eval_pass_rate"] for x in lines if "eval_pass_rate" in x][-1], float("nan")
+
+
+def spread(values, form: str) -> str:
+    """mean ± standard deviation over seeds; how many did not get there."""
+    values = np.array(values, float)
+    reached = values[~np.isnan(values)]
+    if not len(reached):
+        return "-"
+    missing = f" ({len(values) - len(reached)} not)" if len(reached) < len(values) else ""
+    return f"{reached.mean():{form}} ± {reached.std(ddof=1) if len(reached) > 1 else 0:{form}}{missing}"
+
+
+def results_table(named: Named, target: float) -> str:
+    rows = [f"| method | seeds | lr | steps | M tokens | final pass rate | pass@8 | steps to {target} | M tokens to {target} | exact h*, first and last 10 steps |", "|---" * 10 + "|"]
+    for name, members in named.items():
+        ends = [[x["localized_exact"] for _, _, lines in members for x in lines[part] if x.get("localized_exact") is not None] for part in (slice(1, 11), slice(-10, None))]
+        finals = [final(run, lines) for run, _, lines in members]
+        rows.append(
+            f"| {name} | {len(members)} | {members[0][1].get('lr', '-')} | {np.mean([lines[-1]['step'] for _, _, lines in members]):.0f} "
+            f"| {spread([lines[-1]['total_tokens'] / 1e6 for _, _, lines in members], '.2f')} | {spread([f[0] for f in finals], '.3f')} | {spread([f[1] for f in finals], '.3f')} "
+            f"| {spread([first_reach(lines, target, 'step') for _, _, lines in members], '.0f')} | {spread([first_reach(lines, target, 'total_tokens') / 1e6 for _, _, lines in members], '.2f')} "
+            f"| {', '.join(f'{np.mean(end):.2f}' for end in ends) if all(ends) else '-'} |"
+        )  # fmt: skip
+    return "\n".join(rows)
+
+
+PHASES = ("base", "seed", "localization", "suffix", "oracle", "grade", "wait", "train", "sync")
+
+
+def cost_table(named: Named) -> str:
+    """Means over all steps of all seeds: seconds by phase, sampling speed, tokens."""
+    used = [phase for phase in PHASES if any(x.get("seconds", {}).get(phase, 0) > 0.005 for members in named.values() for _, _, lines in members for x in lines)]
+    rows = ["| per step | seconds |" + "".join(f" {phase} |" for phase in used) + " tokens generated | tokens/s sampling | tokens trained | response, tokens |", "|---" * (6 + len(used)) + "|"]
+    for name, members in named.items():
+        lines = [x for _, _, lines in members for x in lines if "seconds" in x]
+        mean = lambda read: sum(map(read, lines)) / len(lines)  # noqa: E731
+        shares = [mean(lambda x: x["seconds"].get(phase, 0)) for phase in used]
+        tokens, sampling = mean(lambda x: sum(x.get("tokens", {}).values())), mean(lambda x: sum(x["seconds"].get(phase, 0) for phase in PHASES[:5]))
+        rows.append(f"| {name} | {mean(lambda x: sum(x['seconds'].values())):.2f} |" + "".join(f" {s:.2f} |" if s else " |" for s in shares)
+                    + f" {tokens:,.0f} | {tokens / max(sampling, 1e-9):,.0f} | {mean(lambda x: x.get('trained_tokens', 0)):,.0f} | {mean(lambda x: x.get('response_tokens', 0)):.0f} |")  # fmt: skip
+    return "\n".join(rows)
+
+
 def command_curves(args) -> None:
-    draw_curves(args.runs, args.out)
-    print("| method | seeds | steps | M tokens | final pass rate | steps to 0.5 | M tokens to 0.5 | exact h*, first and last 10 steps |")
-    print("|---|---|---|---|---|---|---|---|")
-
-    def spread(values, form):
-        values = np.array(values, float)
-        reached = values[~np.isnan(values)]
-        if not len(reached):
-            return "not reached"
-        missing = f" ({len(values) - len(reached)} not)" if len(reached) < len(values) else ""
-        return f"{reached.mean():{form}} ± {reached.std(ddof=1) if len(reached) > 1 else 0:{form}}{missing}"
-
-    def exactness(members):  # share of reset indices that were the true first error, where the task knows it
-        ends = [
-            [x["localized_exact"] for _, lines in members for x in lines[part] if x.get("localized_exact") is not None]
-            for part in (slice(1, 11), slice(-10, None))
-        ]
-        return ", ".join(f"{np.mean(end):.2f}" for end in ends) if all(ends) else "-"
-
-    for name, members in by_name(args.runs).items():
-        finals = [[x for x in lines if "eval_pass_rate" in x][-1] for _, lines in members]
-        print(f"| {name} | {len(members)} | {np.mean([f['step'] for f in finals]):.0f} | {spread([f['total_tokens'] / 1e6 for f in finals], '.2f')} "
-              f"| {spread([f['eval_pass_rate'] for f in finals], '.3f')} | {spread([first_reach(x, 0.5, 'step') for _, x in members], '.0f')} "
-              f"| {spread([first_reach(x, 0.5, 'total_tokens') / 1e6 for _, x in members], '.2f')} | {exactness(members)} |")  # fmt: skip
-    print(f"mean ± standard deviation over seeds; drawn in {args.out} (band: range over seeds)")
-
-
-def command_phases(args) -> None:
-    for name, members in by_name(args.runs).items():
-        steps = [x["seconds"] for _, lines in members for x in lines if "seconds" in x]
-        total = sum(sum(s.values()) for s in steps)
-        shares = {phase: sum(s.get(phase, 0) for s in steps) for phase in ("base", "seed", "localization", "suffix", "oracle", "grade", "wait", "train", "sync")}
-        print(f"{name}: {total / len(steps):.2f} s per step over {len(steps)} steps: "
-              + ", ".join(f"{phase} {s / len(steps):.2f} s ({s / total:.0%})" for phase, s in shares.items() if s))  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- the embedded policy
-
-
-def measure_policy(model, tokenizer, engine, context: int, n: int, steps: int, seed: int = 0) -> dict:
-    """The measures of the model card, on n held-out chains of `steps` steps, 4 samples each; shares in [0, 1]."""
-    problems = generate_chains(steps, n, seed=2 * 10**6 + seed)
-    tasks = make_tasks(problems, tokenizer, engine, context, seed)
-    result = evaluate(tasks, engine, 4)
-    greedy = evaluate(make_tasks(problems, tokenizer, engine, context, seed, temperature=0.0), engine, 1)["pass_rate"]
-    wrong_chain = lucky = steps_right = steps_seen = 0
-    failures = []
-    for task, group in zip(tasks, result["groups"]):
-        for r in group:
-            h = task.problem.check_steps(r.thoughts(tokenizer))
-            reached = min(h or steps + 1, steps + 1)
-            steps_right += min(reached - 1, steps)
-            steps_seen += min(reached, steps)
-            wrong_chain += h is not None
-            lucky += h is not None and r.reward == 1
-            if r.reward == 0:
-                failures.append((task, r, h))
-    counters.clear()
-    found, generated, _ = run_programs([by_self(task, [r]) for task, r, _ in failures], engine)
-    exact = np.array([answer[0][0] == h for answer, (_, _, h) in zip(found, failures)])
-    first = np.array([h for _, _, h in failures])
-    return {
-        "pass_rate": result["pass_rate"],
-        "greedy": greedy,
-        "per_step": steps_right / steps_seen,
-        "localization_exact": float(exact.mean()),
-        "localization_by_first_error": {int(h): (round(float(exact[first == h].mean()), 2), int((first == h).sum())) for h in np.unique(first)},
-        "localization_faults": {k: v for k, v in counters.items() if k.startswith("localize")},
-        "random_localization": float(np.mean([1 / len(r.thought_ends) for _, r, _ in failures])),
-        "always_first": float((first == 1).mean()),
-        "luck": lucky / max(1, wrong_chain),
-        "localization_tokens": float(np.mean([r.generated for r in generated])),
-        "finish": result["finish"],
-    }
-
-
-CARD = """---
-library_name: transformers
-license: mit
----
-# The embedded policy of SRPO
-
-A Llama-architecture model of {parameters:.2f} M parameters ({megabytes:.1f} MB, float32, untied embeddings, heads of size {head}) that does
-arithmetic modulo 97, one step per thought, with planted misconceptions, and reviews its own chains when it reads `<locate>`.
-It exists to be trained by `srpo.py`; it is good for nothing else.
-
-Built from nothing by `python -m data.build_policy --out data/policy` (seeded). Measured by `python eval.py card --model data/policy --write`:
-{n} held-out chains of 12 steps, 4 samples each at T = 1 (share of all; the task is `chain-12`).
-
-| measure | value |
-|---|---|
-| sampled pass rate | {pass_rate:.3f} |
-| greedy pass rate | {greedy:.3f} |
-| right steps, among those that follow only right steps | {per_step:.3f} |
-| self-localization: exact first wrong step, on its own failures | {localization_exact:.3f} |
-| the same on chains of 8 steps (it learned to quote itself at 12) | {shorter:.3f} |
-| by a uniformly random choice | {random_localization:.3f} |
-| by always answering step 1 | {always_first:.3f} |
-| right answers among chains with a wrong step (luck) | {luck:.4f} |
-| tokens of a localization answer, mean | {localization_tokens:.1f} |
-
-Self-localization by the true first wrong step (exact share, number of failures): {localization_by_first_error}.
-Localization answers without a usable step: {localization_faults}. Responses ended by: {finish}.
-"""
-
-
-def command_card(args) -> None:
-    model, tokenizer = load_policy(args.model)
-    engine, context = HFEngine(model, tokenizer), model.config.max_position_embeddings
-    measures = measure_policy(model, tokenizer, engine, context, args.problems, steps=12)
-    shorter = measure_policy(model, tokenizer, engine, context, max(1, args.problems // 4), steps=8)["localization_exact"]
-    size = sum(file.stat().st_size for file in Path(args.model).glob("*") if file.suffix != ".md")
-    card = CARD.format(
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6, megabytes=size / 1e6, n=args.problems, shorter=shorter,
-        head=model.config.hidden_size // model.config.num_attention_heads, **measures,
-    )  # fmt: skip
-    print(card)
-    if args.write:
-        (Path(args.model) / "README.md").write_text(card)
+    named = by_name(args.runs)
+    draw_curves(named, args.out)
+    print(results_table(named, args.target), cost_table(named), sep="\n\n")
+    print(f"\nmean ± standard deviation over seeds; drawn in {args.out} (band: 95% bootstrap interval of the mean over seeds)")
 
 
 # --------------------------------------------------------------------------------------------------------------- command line
@@ -635,15 +579,18 @@ def main(argv: list[str]) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
     sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
     sub.add_argument("--max_rows", type=int, default=512, help="rows sampled at once")
-    sub = command(command_curves, "learning curves and a table of runs")
+    sub = command(command_curves, "learning curves, a table of results and a table of costs")
     sub.add_argument("runs", nargs="+", type=Path, help="run directories")
+    sub.add_argument("--target", type=float, default=0.5, help="pass rate whose steps and tokens are in the table")
     sub.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
-    sub = command(command_phases, "seconds per step by phase")
+    from data.report import command_report  # not above: these two read runs with this file
+    from data.study import add_commands
+
+    sub = command(command_report, "one HTML page: curves, step metrics, and the reset tree of every problem")
     sub.add_argument("runs", nargs="+", type=Path, help="run directories")
-    sub = command(command_card, "measures the embedded policy")
-    sub.add_argument("--model", default=policy, help="folder")
-    sub.add_argument("--problems", type=int, default=1024, help="held-out problems")
-    sub.add_argument("--write", action="store_true", help="write the model card into the folder")
+    sub.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
+    sub.add_argument("--megabytes", type=float, default=20, help="size of the page, at most; what does not fit is left out, and named")
+    add_commands(command)
     args = parser.parse_args(argv)
     args.function(args)
 

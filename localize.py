@@ -79,28 +79,34 @@ def parse_localization(text: str, H: int) -> tuple[int | None, str]:
 # ---------------------------------------------------------------------------------------------------------------- localizers
 
 
-def by_self(task: Task, seeds: list[Rollout]):
-    """SRPO: one localization sample for each seed, at `localize_temperature`."""
+def reviewed(task: Task, rollouts: list[Rollout], setting: dict = WRONG):
+    """One review of each rollout by the policy, at `localize_temperature`: [(h* or None, how, the answer or None where the prompt does not fit)]."""
     cfg = task.cfg
-    prompts = [localization_prompt(task, seed) for seed in seeds]
-    fits = [len(p) < task.context for p in prompts]
+    prompts = [localization_prompt(task, rollout, setting) for rollout in rollouts]
     requests = [
         Request(
             task.problem.index, "localization", p, 1, int(task.rng.integers(2**62)),
             max_tokens=min(cfg.localize_tokens, task.context - len(p)), temperature=cfg.localize_temperature, top_p=1.0,
         )  # fmt: skip
-        for p, fit in zip(prompts, fits)
-        if fit
+        for p in prompts
+        if len(p) < task.context
     ]
     answers = iter((yield requests) if requests else ())
     found = []
-    for seed, fit in zip(seeds, fits):
-        seed.localization = next(answers)[0] if fit else None
-        h, how = parse_localization(seed.localization.text, len(seed.thought_ends)) if fit else (None, "too_long")
-        if h is None:
+    for rollout, prompt in zip(rollouts, prompts):
+        answer = next(answers)[0] if len(prompt) < task.context else None
+        h, how = parse_localization(answer.text, len(rollout.thought_ends)) if answer else (None, "too_long")
+        if h is None and not (setting is UNKNOWN and how == "no_error"):
             counters[f"localize_{how}"] += 1
-            h = fallback(task, seed)
-        found.append((h, how))
+        found.append((h, how, answer))
+    return found
+
+
+def by_self(task: Task, seeds: list[Rollout]):
+    """SRPO: the policy names the first wrong thought of each seed; where it names none, `--localize_fallback` says what happens."""
+    found = []
+    for seed, (h, how, seed.localization) in zip(seeds, (yield from reviewed(task, seeds))):
+        found.append((fallback(task, seed) if h is None else h, how))
     return found
 
 

@@ -51,7 +51,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data.problems import UserError, counters, load_problems, sandbox_or_refusal
-from eval import draw_curves, evaluate, read_run
+from eval import by_name, draw_curves, evaluate, read_run
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, grouped, set_advantages
 from rollout import PROGRAMS, Rollout, Task, connect, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
@@ -264,7 +264,7 @@ def train(cfg: Config) -> dict:
         if main:
             append(out_dir / "metrics.jsonl", line)
             if "eval_pass_rate" in line:
-                draw_curves([out_dir], out_dir / "curve.png")
+                draw_curves(by_name([out_dir]), out_dir / "curve.png")
         if last or (step + 1) % cfg.save_every == 0:
             save_checkpoint(out_dir, step + 1, model, tokenizer, optimizer, total_tokens, before)
         bar.set_postfix_str(f"pass {line['pass_base'] if line['pass_base'] is not None else line['pass_suffix']:.2f}, {total_tokens / 1e6:.2f} M tokens")
@@ -411,12 +411,11 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
     suffix = [r for r in rollouts if r.group[1] > 0]
     groups = grouped(rollouts).items()
     flat = lambda groups: mean(not any(r.advantage for r in members) for members in groups)  # noqa: E731
-    resets = [members[0] for (_, k), members in groups if k > 0]
-    exact = []  # measured where the task has a step checker; training never sees it
-    for r in resets:
-        task = tasks[r.group[0]]
-        if task.problem.check_steps:
-            exact.append(task.problem.check_steps(r.seed.thoughts(task.vocabulary.tokenizer)) == r.reset)
+    resets = [members for (_, k), members in groups if k > 0]
+    late = []  # h* - the true first wrong thought, for each of `resets`; measured where the task has a step checker, training never sees it
+    for members in resets:
+        truth = first_wrong(tasks[members[0].group[0]], members[0].seed)
+        late.append(None if truth is None else members[0].reset - truth)
     tokens = Counter()
     for r in generated:
         tokens[r.purpose] += r.generated
@@ -425,15 +424,23 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
         "pass_suffix": mean(r.reward for r in suffix),
         "zero_variance_base": flat(members for (_, k), members in groups if k == 0),
         "zero_variance_suffix": flat(members for (_, k), members in groups if k > 0),
-        "reset_depth": mean(r.reset / len(r.seed.thought_ends) for r in resets),  # h* / H
-        "localized": dict(Counter(r.localized for r in resets)),
-        "localized_exact": mean(exact),
+        "pass_suffix_clean": mean(r.reward for members, d in zip(resets, late) if d is not None and d <= 0 for r in members),
+        "pass_suffix_erroneous": mean(r.reward for members, d in zip(resets, late) if d is not None and d > 0 for r in members),
+        "reset_depth": mean(members[0].reset / len(members[0].seed.thought_ends) for members in resets),  # h* / H
+        "localized": dict(Counter(members[0].localized for members in resets)),
+        "localized_exact": mean(d == 0 for d in late if d is not None),
+        "localized_clean": mean(d <= 0 for d in late if d is not None),  # no error is left in the shared prefix
         "tokens": {purpose: tokens[purpose] for purpose in ("base", "seed", "localization", "suffix", "oracle")},
         "verifier_calls": sum(r.reward is not None for r in generated),
         "masked_share": sum(r.prefix_len for r in rollouts) / sum(len(r.token_ids) for r in rollouts),
         "response_tokens": mean(len(r.token_ids) for r in rollouts),
         "finish": dict(Counter(r.finish for r in rollouts)),
     }
+
+
+def first_wrong(task: Task, rollout: Rollout) -> int | None:
+    """1-based index of the true first wrong thought of a response; None where the task cannot tell, or none is wrong."""
+    return task.problem.check_steps(rollout.thoughts(task.vocabulary.tokenizer)) if task.problem.check_steps else None
 
 
 def append(path: Path, record: dict) -> None:
@@ -446,13 +453,14 @@ def write_rollouts(path: Path, step: int, rollouts: list[Rollout], generated: li
     answer it got. Trained ones have a group."""
     ids = {id(r): i for i, r in enumerate(generated)}
     tokenizer = tasks[0].vocabulary.tokenizer
-    questions = {t.problem.index: (t.problem.question, t.problem.answer) for t in tasks}
+    by_problem = {t.problem.index: t for t in tasks}
     with path.open("a", encoding="utf-8") as file:
         for i, r in enumerate(generated):
-            question, answer = questions[r.problem]
-            record = {"step": step, "id": i, "problem": r.problem, "question": question, "answer": answer, "purpose": r.purpose,
+            task = by_problem[r.problem]
+            record = {"step": step, "id": i, "problem": r.problem, "question": task.problem.question, "answer": task.problem.answer, "purpose": r.purpose,
                       "group": r.group, "reward": r.reward, "advantage": r.advantage, "finish": r.finish,
                       "thoughts": r.thoughts(tokenizer), "thought_ends": r.thought_ends, "prefix_len": r.prefix_len,
+                      "first_wrong": first_wrong(task, r) if r.reward is not None else None,
                       "seed": ids[id(r.seed)] if r.seed else None, "reset": r.reset, "localized": r.localized,
                       "localization": ids[id(r.localization)] if r.localization else None}  # fmt: skip
             file.write(json.dumps(record) + "\n")

@@ -12,7 +12,7 @@ anywhere in the chain, localization well above the break-even of 0.5-0.6, and 1,
 Left out: anything about RL. This is only supervised next-token training, AdamW, with batches of equal-length chains (no padding but reviews).
 
     python -m data.build_policy --out data/policy          # 30 to 40 minutes on one thread; a function of --seed
-    python eval.py card --model data/policy --write        # measures it and writes the model card
+    python -m data.build_policy --card data/policy         # only measures it, and writes its model card
 """
 
 import argparse
@@ -25,10 +25,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.problems import DELIMITER, MAX_STEPS, MODULUS, OPERATIONS, apply
+from data.problems import DELIMITER, MAX_STEPS, MODULUS, OPERATIONS, apply, counters, generate_chains
+from eval import evaluate, make_tasks
+from localize import by_self
+from rollout import HFEngine, load_policy, run_programs
 
-HARD_SHARE, HARD, EASY = 0.20, (0.20, 0.45), (0.75, 0.99)  # share of hard facts; ranges of p: mean .76, so .76^12 = 0.04 of chains
+EASE = (0.40, 0.85)  # range of p, uniform: mean .625, so .625^8 = 0.023 of chains of 8 steps are right
 STEPS = 12  # chains of the corpus have up to this many steps
+USUAL = 8  # of them the default task has this many
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -48,21 +52,25 @@ class Student:
         facts = (len(OPERATIONS), MODULUS)
         self.truth = np.array([[apply(op, value) for value in range(MODULUS)] for op in OPERATIONS])
         self.wrong = (self.truth + self.rng.integers(1, MODULUS, facts)) % MODULUS
-        self.p = np.where(self.rng.random(facts) < HARD_SHARE, self.rng.uniform(*HARD, facts), self.rng.uniform(*EASY, facts))
+        self.p = self.rng.uniform(*EASE, facts)
         self.floor = -(self.p * np.log(self.p) + (1 - self.p) * np.log(1 - self.p)).mean()  # nats: what a value costs at best
         self.id = tokenizer.get_vocab()
         self.numbers = np.array([self.id[str(value)] for value in range(MODULUS)])
         self.labels = np.array([self.id[f"{i}:"] for i in range(1, MAX_STEPS + 1)])
         self.operations = np.array([self.id[op] for op in OPERATIONS])
 
-    def batch(self, B: int, K: int, review: bool):
+    def batch(self, B: int, K: int, review: bool, better: bool = False):
         """B chains of K steps -> ids [B, L], loss mask [B, L] (response and review), kind [B, L]: 1 on results, 2 on ok/wrong, 3 on the
-        reviewed step number, else 0."""
+        reviewed step number, else 0.
+
+        better: each chain is by a better student, who makes a share U(0, 1) of the errors, and only its review is in the loss: the policy
+        learns to review what it will write after training, with its first error deep in the chain, but not to write so."""
         op = self.rng.integers(len(OPERATIONS), size=(B, K))
         start = value = self.rng.integers(MODULUS, size=B)
         values, right = np.zeros((B, K), int), np.zeros((B, K), bool)
+        errors = self.rng.random(B) if better else 1.0
         for k in range(K):
-            right[:, k] = self.rng.random(B) < self.p[op[:, k], value]
+            right[:, k] = self.rng.random(B) < 1 - errors * (1 - self.p[op[:, k], value])
             value = values[:, k] = np.where(right[:, k], self.truth[op[:, k], value], self.wrong[op[:, k], value])
 
         def columns(word, width=1):
@@ -76,7 +84,7 @@ class Student:
         written = np.concatenate([steps, columns(DELIMITER, K)[:, :, None]], -1).reshape(B, 5 * K)
         box = [columns("\\boxed{"), self.numbers[value][:, None], columns("}"), columns(DELIMITER)]
         response = np.concatenate([written, *box], 1)
-        parts, masks = [prompt, response], [np.zeros(prompt.shape, bool), np.ones(response.shape, bool)]
+        parts, masks = [prompt, response], [np.zeros(prompt.shape, bool), np.full(response.shape, not better)]
         kinds = [np.zeros(prompt.shape, int), np.zeros(response.shape, int)]
         kinds[1][:, 3 : 5 * K : 5] = 1
         if review:
@@ -136,18 +144,100 @@ def token_losses(model, ids, mask, kind):
     return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target, kind[:, 1:][chosen], target
 
 
+def measure(model, tokenizer, n: int, steps: int, seed: int = 0) -> dict:
+    """The measures of the model card, on n held-out chains of `steps` steps, 4 samples each; shares in [0, 1]."""
+    engine, context = HFEngine(model, tokenizer), model.config.max_position_embeddings
+    problems = generate_chains(steps, n, seed=2 * 10**6 + seed)
+    tasks = make_tasks(problems, tokenizer, engine, context, seed)
+    result = evaluate(tasks, engine, 4)
+    greedy = evaluate(make_tasks(problems, tokenizer, engine, context, seed, temperature=0.0), engine, 1)["pass_rate"]
+    wrong_chain = lucky = steps_right = steps_seen = 0
+    failures = []
+    for task, group in zip(tasks, result["groups"]):
+        for r in group:
+            h = task.problem.check_steps(r.thoughts(tokenizer))
+            reached = min(h or steps + 1, steps + 1)
+            steps_right += min(reached - 1, steps)
+            steps_seen += min(reached, steps)
+            wrong_chain += h is not None
+            lucky += h is not None and r.reward == 1
+            if r.reward == 0:
+                failures.append((task, r, h))
+    counters.clear()
+    found, generated, _ = run_programs([by_self(task, [r]) for task, r, _ in failures], engine)
+    exact = np.array([answer[0][0] == h for answer, (_, _, h) in zip(found, failures)])
+    first = np.array([h for _, _, h in failures])
+    return {
+        "pass_rate": result["pass_rate"],
+        "greedy": greedy,
+        "per_step": steps_right / steps_seen,
+        "localization_exact": float(exact.mean()),
+        "localization_by_first_error": {int(h): (round(float(exact[first == h].mean()), 2), int((first == h).sum())) for h in np.unique(first)},
+        "localization_faults": {k: v for k, v in counters.items() if k.startswith("localize")},
+        "random_localization": float(np.mean([1 / len(r.thought_ends) for _, r, _ in failures])),
+        "always_first": float((first == 1).mean()),
+        "luck": lucky / max(1, wrong_chain),
+        "localization_tokens": float(np.mean([r.generated for r in generated])),
+        "finish": result["finish"],
+    }
+
+
+CARD = """---
+library_name: transformers
+license: mit
+---
+# The embedded policy of SRPO
+
+A Llama-architecture model of {parameters:.2f} M parameters ({megabytes:.1f} MB, float32, untied embeddings, heads of size {head}) that does
+arithmetic modulo 97, one step per thought, with planted misconceptions, and reviews its own chains when it reads `<locate>`.
+It exists to be trained by `srpo.py`; it is good for nothing else.
+
+Built from nothing by `python -m data.build_policy --out data/policy` (seeded), which also measures it (`--card data/policy` alone does):
+{n} held-out chains of each length, 4 samples each at T = 1 (share of all; the default task is `chain-{usual}`).
+
+| measure | {lengths} |
+|---{columns}|
+{rows}
+
+On chains of {usual} steps: self-localization by the true first wrong step (exact share, number of failures): {localization_by_first_error}.
+Localization answers without a usable step: {localization_faults}. Responses ended by: {finish}.
+"""
+ROWS = {
+    "pass_rate": "sampled pass rate", "greedy": "greedy pass rate", "per_step": "right steps, among those that follow only right steps",
+    "localization_exact": "self-localization: exact first wrong step, on its own failures", "random_localization": "by a uniformly random choice",
+    "always_first": "by always answering step 1", "luck": "right answers among chains with a wrong step (luck)", "localization_tokens": "tokens of a localization answer, mean",
+}  # fmt: skip
+
+
+def write_card(folder: Path, n: int, usual: int) -> None:
+    """Measures the policy in `folder` and writes its README.md."""
+    model, tokenizer = load_policy(folder)
+    measures = {steps: measure(model, tokenizer, n, steps) for steps in tqdm((4, 6, 8, 10, 12), desc="measure")}
+    rows = [f"| {text} | " + " | ".join(f"{m[key]:.3f}" for m in measures.values()) + " |" for key, text in ROWS.items()]
+    card = CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6, megabytes=sum(file.stat().st_size for file in folder.glob("*") if file.suffix != ".md") / 1e6,
+        head=model.config.hidden_size // model.config.num_attention_heads, n=n, usual=usual, lengths=" | ".join(f"chain-{steps}" for steps in measures),
+        columns="|---" * len(measures), rows="\n".join(rows), **measures[usual],
+    )  # fmt: skip
+    (folder / "README.md").write_text(card)
+    print(card)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
+    parser.add_argument("--out", type=Path, help="folder for the model and its tokenizer")
+    parser.add_argument("--card", type=Path, help="build nothing: measure the policy in this folder and write its model card")
     parser.add_argument("--seed", type=int, default=0, help="of the misconceptions, the corpus and the initial weights")
     parser.add_argument("--updates", type=int, default=5000, help="optimizer steps; reviews begin after a quarter of them")
-    parser.add_argument("--polish", type=int, default=1000, help="updates after those, with quotations of wrong values")
+    parser.add_argument("--polish", type=int, default=800, help="updates after those, with quotations of wrong values and reviews of better students")
     parser.add_argument("--chains", type=int, default=24, help="chains of 12 steps in a batch (shorter ones: more of them)")
     parser.add_argument("--drills", type=int, default=256, help="single judgements in a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--layers", type=int, default=3, help="transformer layers")
     parser.add_argument("--width", type=int, default=96, help="hidden size; heads have size 32")
     args = parser.parse_args()
+    if args.card or not args.out:
+        return write_card(args.card, 512, USUAL) if args.card else parser.error("give --out FOLDER (or --card FOLDER)")
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     student = Student(tokenizer, args.seed)
@@ -174,8 +264,10 @@ def main():
             loss = losses.mean() + 0.3 * drill_losses.mean()
             shares = {"drills": drill_right, "judgements": right[kind == 2], "boxed": right[kind == 3]}
             if polish:
-                quote_losses, shares["quotations"], _, _ = token_losses(model, *student.quotations(args.chains // 3, STEPS))
-                loss = loss + 0.3 * quote_losses.mean()
+                quote_losses, shares["quotations"], _, _ = token_losses(model, *student.quotations(args.chains // 3, int(student.rng.integers(2, STEPS + 1))))
+                better_losses, better_right, better_kind, _ = token_losses(model, *student.batch(args.chains, K, review=True, better=True))
+                shares["of better chains"] = better_right[better_kind == 3]
+                loss = loss + 0.3 * quote_losses.mean() + 0.3 * better_losses.mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -183,9 +275,9 @@ def main():
             if update % 100 == 99:
                 bar.write(f"{update + 1}: K {K} value loss {losses[kind == 1].mean():.3f} (floor {student.floor:.3f}), other {losses[kind == 0].mean():.4f}; "
                           "right: " + ", ".join(f"{name} {share.float().mean():.3f}" for name, share in shares.items() if len(share)))  # fmt: skip
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    print(f"wrote {args.out}; measure it with: python eval.py card --model {args.out}")
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+    write_card(args.out, 512, USUAL)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srpo
 from conftest import POLICY, ROOT
+from rollout import Rollout, run_programs
 
 TINY = "--engine hf --steps 2 --prompts_per_step 6 --train_data chain-5 --eval_data chain-5 --eval_problems 8 --eval_samples 1 --save_every 1 --rollouts_every 1".split()
 
@@ -293,3 +295,32 @@ def test_code_problems_need_a_sandbox(tmp_path, capsys, untouched, monkeypatch):
     assert lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["counters"]["no_code"] > 0  # the embedded policy does not write programs
     monkeypatch.setattr("data.sandbox.ARCHES", {})
     assert "kind code cannot be graded on this machine" in refused(capsys, *flags, "--out_dir", untouched)
+
+
+def test_step_line_knows_clean_and_erroneous_prefixes(policy, tmp_path):
+    """Resets at, before and after the true first wrong thought: the first two leave a clean prefix, and nothing else counts as exact."""
+    tasks = policy.tasks(5, 24, seed=3)
+    rollouts, expected, late = [], {True: [], False: []}, []
+    for task in tasks:
+        ((seed,),), _, _ = run_programs([only(task)], policy.engine)
+        truth = task.problem.check_steps(seed.thoughts(policy.tokenizer))
+        if truth is None or not 1 < truth < len(seed.thought_ends):
+            continue
+        d = (0, -1, 1)[len(late) % 3]
+        late.append(d)
+        for i in range(2):
+            rollouts.append(Rollout(task.problem.index, "suffix", seed.prompt_ids, seed.token_ids, seed.logps, seed.thought_ends, "answer", prefix_len=len(seed.prefix(truth + d)),
+                                    reward=float(i and d == 0), group=(task.slot, 1), seed=seed, reset=truth + d, localized="self"))  # fmt: skip
+            expected[d <= 0].append(rollouts[-1].reward)
+    assert len(late) >= 6
+    line = srpo.step_metrics(rollouts, [], tasks)
+    assert line["localized_exact"] == pytest.approx(np.mean([d == 0 for d in late])) and line["localized_clean"] == pytest.approx(np.mean([d <= 0 for d in late]))
+    assert line["pass_suffix_clean"] == pytest.approx(np.mean(expected[True])) and line["pass_suffix_erroneous"] == pytest.approx(np.mean(expected[False]))
+    srpo.write_rollouts(tmp_path / "r.jsonl", 1, [], [rollouts[0].seed], tasks)
+    (record,) = lines_of(tmp_path / "r.jsonl")
+    assert record["first_wrong"] == rollouts[0].reset  # the first of them was reset at the truth
+
+
+def only(task):
+    (base,) = yield [task.request("base", 1)]
+    return base
