@@ -30,9 +30,8 @@ from eval import evaluate, make_tasks
 from localize import by_self
 from rollout import HFEngine, load_policy, run_programs
 
-EASE = (0.40, 0.85)  # range of p, uniform: mean .625, so .625^8 = 0.023 of chains of 8 steps are right
-STEPS = 12  # chains of the corpus have up to this many steps
-USUAL = 8  # of them the default task has this many
+HARD_SHARE, HARD, EASY = 0.20, (0.20, 0.45), (0.75, 0.99)  # share of hard facts; ranges of p: mean .76, so .76^12 = 0.04 of chains
+STEPS = 12  # chains of the corpus have up to this many steps, as many as those of the default task
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,25 +51,21 @@ class Student:
         facts = (len(OPERATIONS), MODULUS)
         self.truth = np.array([[apply(op, value) for value in range(MODULUS)] for op in OPERATIONS])
         self.wrong = (self.truth + self.rng.integers(1, MODULUS, facts)) % MODULUS
-        self.p = self.rng.uniform(*EASE, facts)
+        self.p = np.where(self.rng.random(facts) < HARD_SHARE, self.rng.uniform(*HARD, facts), self.rng.uniform(*EASY, facts))
         self.floor = -(self.p * np.log(self.p) + (1 - self.p) * np.log(1 - self.p)).mean()  # nats: what a value costs at best
         self.id = tokenizer.get_vocab()
         self.numbers = np.array([self.id[str(value)] for value in range(MODULUS)])
         self.labels = np.array([self.id[f"{i}:"] for i in range(1, MAX_STEPS + 1)])
         self.operations = np.array([self.id[op] for op in OPERATIONS])
 
-    def batch(self, B: int, K: int, review: bool, better: bool = False):
+    def batch(self, B: int, K: int, review: bool):
         """B chains of K steps -> ids [B, L], loss mask [B, L] (response and review), kind [B, L]: 1 on results, 2 on ok/wrong, 3 on the
-        reviewed step number, else 0.
-
-        better: each chain is by a better student, who makes a share U(0, 1) of the errors, and only its review is in the loss: the policy
-        learns to review what it will write after training, with its first error deep in the chain, but not to write so."""
+        reviewed step number, else 0."""
         op = self.rng.integers(len(OPERATIONS), size=(B, K))
         start = value = self.rng.integers(MODULUS, size=B)
         values, right = np.zeros((B, K), int), np.zeros((B, K), bool)
-        errors = self.rng.random(B) if better else 1.0
         for k in range(K):
-            right[:, k] = self.rng.random(B) < 1 - errors * (1 - self.p[op[:, k], value])
+            right[:, k] = self.rng.random(B) < self.p[op[:, k], value]
             value = values[:, k] = np.where(right[:, k], self.truth[op[:, k], value], self.wrong[op[:, k], value])
 
         def columns(word, width=1):
@@ -84,7 +79,7 @@ class Student:
         written = np.concatenate([steps, columns(DELIMITER, K)[:, :, None]], -1).reshape(B, 5 * K)
         box = [columns("\\boxed{"), self.numbers[value][:, None], columns("}"), columns(DELIMITER)]
         response = np.concatenate([written, *box], 1)
-        parts, masks = [prompt, response], [np.zeros(prompt.shape, bool), np.full(response.shape, not better)]
+        parts, masks = [prompt, response], [np.zeros(prompt.shape, bool), np.ones(response.shape, bool)]
         kinds = [np.zeros(prompt.shape, int), np.zeros(response.shape, int)]
         kinds[1][:, 3 : 5 * K : 5] = 1
         if review:
@@ -115,7 +110,6 @@ class Student:
         last = np.zeros(words.shape, int)
         last[:, 8] = 2
         return [torch.from_numpy(x) for x in (words, last > 0, last)]
-
 
     def quotations(self, B: int, K: int):
         """B chains with values out of nowhere, each repeated in a review -> ids [B, L], loss mask (the repeated values), kind as in `batch`.
@@ -209,15 +203,15 @@ ROWS = {
 }  # fmt: skip
 
 
-def write_card(folder: Path, n: int, usual: int) -> None:
+def write_card(folder: Path, n: int = 512) -> None:
     """Measures the policy in `folder` and writes its README.md."""
     model, tokenizer = load_policy(folder)
     measures = {steps: measure(model, tokenizer, n, steps) for steps in tqdm((4, 6, 8, 10, 12), desc="measure")}
     rows = [f"| {text} | " + " | ".join(f"{m[key]:.3f}" for m in measures.values()) + " |" for key, text in ROWS.items()]
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, megabytes=sum(file.stat().st_size for file in folder.glob("*") if file.suffix != ".md") / 1e6,
-        head=model.config.hidden_size // model.config.num_attention_heads, n=n, usual=usual, lengths=" | ".join(f"chain-{steps}" for steps in measures),
-        columns="|---" * len(measures), rows="\n".join(rows), **measures[usual],
+        head=model.config.hidden_size // model.config.num_attention_heads, n=n, usual=STEPS, lengths=" | ".join(f"chain-{steps}" for steps in measures),
+        columns="|---" * len(measures), rows="\n".join(rows), **measures[STEPS],
     )  # fmt: skip
     (folder / "README.md").write_text(card)
     print(card)
@@ -229,7 +223,7 @@ def main():
     parser.add_argument("--card", type=Path, help="build nothing: measure the policy in this folder and write its model card")
     parser.add_argument("--seed", type=int, default=0, help="of the misconceptions, the corpus and the initial weights")
     parser.add_argument("--updates", type=int, default=5000, help="optimizer steps; reviews begin after a quarter of them")
-    parser.add_argument("--polish", type=int, default=800, help="updates after those, with quotations of wrong values and reviews of better students")
+    parser.add_argument("--polish", type=int, default=1000, help="updates after those, with quotations of wrong values")
     parser.add_argument("--chains", type=int, default=24, help="chains of 12 steps in a batch (shorter ones: more of them)")
     parser.add_argument("--drills", type=int, default=256, help="single judgements in a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
@@ -237,7 +231,7 @@ def main():
     parser.add_argument("--width", type=int, default=96, help="hidden size; heads have size 32")
     args = parser.parse_args()
     if args.card or not args.out:
-        return write_card(args.card, 512, USUAL) if args.card else parser.error("give --out FOLDER (or --card FOLDER)")
+        return write_card(args.card) if args.card else parser.error("give --out FOLDER (or --card FOLDER)")
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     student = Student(tokenizer, args.seed)
@@ -264,10 +258,8 @@ def main():
             loss = losses.mean() + 0.3 * drill_losses.mean()
             shares = {"drills": drill_right, "judgements": right[kind == 2], "boxed": right[kind == 3]}
             if polish:
-                quote_losses, shares["quotations"], _, _ = token_losses(model, *student.quotations(args.chains // 3, int(student.rng.integers(2, STEPS + 1))))
-                better_losses, better_right, better_kind, _ = token_losses(model, *student.batch(args.chains, K, review=True, better=True))
-                shares["of better chains"] = better_right[better_kind == 3]
-                loss = loss + 0.3 * quote_losses.mean() + 0.3 * better_losses.mean()
+                quote_losses, shares["quotations"], _, _ = token_losses(model, *student.quotations(args.chains // 3, STEPS))
+                loss = loss + 0.3 * quote_losses.mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -275,9 +267,9 @@ def main():
             if update % 100 == 99:
                 bar.write(f"{update + 1}: K {K} value loss {losses[kind == 1].mean():.3f} (floor {student.floor:.3f}), other {losses[kind == 0].mean():.4f}; "
                           "right: " + ", ".join(f"{name} {share.float().mean():.3f}" for name, share in shares.items() if len(share)))  # fmt: skip
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-    write_card(args.out, 512, USUAL)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    write_card(args.out)
 
 
 if __name__ == "__main__":

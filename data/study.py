@@ -46,7 +46,7 @@ STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
     "srpo 1x4 2 updates": "--method srpo --updates 2",
     "srpo 1x4 clipped 2 updates": "--method srpo --updates 2 --clip 0.2",  # with one update the ratio is 1: clipping would change nothing
 }
-GRID = (5e-4, 1e-3, 2e-3)  # learning rates, the same for every method; the ablations of SRPO take SRPO's
+GRID = (2.5e-4, 5e-4, 1e-3)  # learning rates, the same for every method; the ablations of SRPO take SRPO's
 
 
 def command_study(args) -> None:
@@ -319,10 +319,10 @@ def add_commands(command) -> None:
     sub.add_argument("--out", type=Path, default=Path("runs/study"), help="folder (1.5 GB); the same command goes on with what is there")
     sub.add_argument("--data", default=usual.train_data, help="task, for training and held-out problems")
     sub.add_argument("--seeds", type=int, default=8, help="of each variant, from 0")
-    sub.add_argument("--steps", type=int, default=usual.steps, help="of each run")
+    sub.add_argument("--steps", type=int, default=60, help="of each run")
     sub.add_argument("--prompts_per_step", type=int, default=usual.prompts_per_step, help="problems per step")
     sub.add_argument("--eval_every", type=int, default=5, help="steps between evaluations")
-    sub.add_argument("--target", type=float, default=0.5, help="pass rate of the time-to-target columns and claims")
+    sub.add_argument("--target", type=float, default=0.3, help="pass rate of the time-to-target columns and claims")
     sub.add_argument("--variants", nargs="+", choices=STUDY, default=list(STUDY), metavar="NAME", help=f"of: {', '.join(STUDY)}")
     sub.add_argument("--grid", nargs="+", type=float, default=list(GRID), help="learning rates of the sweep")
     sub.add_argument("--sweep_seeds", type=int, default=2, help="seeds of the sweep, other ones than the study's")
