@@ -405,6 +405,7 @@ def name_of(config: dict) -> str:
     parts += [config["seed_choice"]] if config["seed_choice"] != "first" else []
     parts += ["fresh seeds"] if config["seed_source"] != "base" else []
     parts += ["unmasked"] if not config.get("mask_prefix", True) else []
+    parts += ["response length"] if config.get("length", "trained") != "trained" else []
     parts += ["clipped"] if config.get("clip") else []
     parts += [f"{config['updates']} updates"] if config.get("updates", 1) > 1 else []
     return " ".join(parts)

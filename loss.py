@@ -48,13 +48,15 @@ def grouped(rollouts: list[Rollout]) -> dict[tuple[int, int], list[Rollout]]:
     return groups
 
 
-def token_weights(rollout: Rollout, n_rollouts: int, mask_prefix: bool = True) -> list[float]:
+def token_weights(rollout: Rollout, n_rollouts: int, mask_prefix: bool = True, length: str = "trained") -> list[float]:
     """Weight of each response token in the loss, one per token of `token_ids`: A / (|T| N) on T, 0 on a masked prefix.
 
-    A = 1.5, 5 tokens of which 2 are the shared prefix, N = 8  ->  [0, 0, 1/16, 1/16, 1/16]."""
+    A = 1.5, 5 tokens of which 2 are the shared prefix, N = 8  ->  [0, 0, 1/16, 1/16, 1/16].
+    length="response" (ours) divides by the whole response, prefix included, so that a short suffix is not louder:  [0, 0, 3/80, 3/80, 3/80]."""
     masked = rollout.prefix_len if mask_prefix else 0
     n = len(rollout.token_ids) - masked
-    return [0.0] * masked + [rollout.advantage / (n * n_rollouts)] * n
+    divisor = n if length == "trained" else len(rollout.token_ids)
+    return [0.0] * masked + [rollout.advantage / (divisor * n_rollouts)] * n
 
 
 @dataclass
@@ -126,9 +128,9 @@ def backward(model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu", r
 
     With several processes each takes every ranks-th row; their gradients are to be summed, not averaged. All of them run the same number
     of forwards (a process that a last micro-batch leaves without a row runs one that weighs nothing), as sharded parameters need.
-    Uses cfg.temperature, mask_prefix, clip, micro_batch, chunk. Returns sums over this process's trained tokens: loss, tokens, entropy
+    Uses cfg.temperature, mask_prefix, length, clip, micro_batch, chunk. Returns sums over this process's trained tokens: loss, tokens, entropy
     (nats), gap = |sampler - trainer log-prob| on suffix and base tokens, gap_prefix on prefix tokens (prefix_tokens of them), gap_max."""
-    weighted = [(r, token_weights(r, n_rollouts, cfg.mask_prefix)) for r in rollouts if r.advantage != 0]
+    weighted = [(r, token_weights(r, n_rollouts, cfg.mask_prefix, cfg.length)) for r in rollouts if r.advantage != 0]
     weighted.sort(key=lambda item: len(item[0].prompt_ids) + len(item[0].token_ids))  # little padding; the sum does not depend on it
     sums = dict.fromkeys(("loss", "tokens", "entropy", "gap", "gap_prefix", "prefix_tokens", "gap_max"), 0.0)
     score = getattr(model, "chosen_logps", None) or partial(chosen_logps, model)  # the method of a sharded model gathers its parameters

@@ -100,6 +100,7 @@ class Config:
     max_seed_draws: int = setting(8, "fresh draws per prompt in search of a failure, at most")
     correct: float = setting(1.0, "rewards below this are failures")
     mask_prefix: bool = setting(True, "train suffix rollouts on their suffix only (false: ablation)")
+    length: Literal["trained", "response"] = setting("trained", "a token weighs A / length: of the trained tokens (paper), or of the whole response")
     clip: float = setting(0.0, "epsilon of the clipped surrogate (0: plain REINFORCE)")
     updates: int = setting(1, "gradient steps on each buffer (more than 1 is off-policy: use --clip)")
     temperature: float = setting(1.0, "sampling temperature; log-probs are taken at it")

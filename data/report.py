@@ -75,7 +75,7 @@ def run_for_page(run: Path, config: dict, lines: list[dict]) -> dict:
     ]  # fmt: skip
     missing = {key: 0 if key.split(".")[0] in ("tokens", "seconds", "counters", "localized", "finish") else None for line in flat for key in line}
     return {
-        "name": name_of(config), "seed": config["seed"], "folder": run.resolve().name, "clip": config["clip"],
+        "name": name_of(config), "seed": config["seed"], "folder": run.resolve().name, "clip": config["clip"], "length": config.get("length", "trained"),
         "about": f"{config['model'].rstrip('/').split('/')[-1]} on {config['train_data'].split('/')[-1]}; {config['prompts_per_step']} prompts a step, {config['base']} base "
                  f"rollouts and {config['prefixes']} x {config['suffixes']} suffixes each; learning rate {config['lr']}",
         "evals": [[x["step"], x["total_tokens"], rounded(x["eval_pass_rate"])] for x in lines if "eval_pass_rate" in x],
@@ -148,18 +148,18 @@ def trees_of_step(path: Path, place: list[int], config: dict) -> dict:
         if r["purpose"] == "oracle":
             tree["oracle"] += 1
         else:
-            tree["rollouts"].append(rollout_for_page(r, n, config["mask_prefix"]))
+            tree["rollouts"].append(rollout_for_page(r, n, config))
     return {"step": records[0]["step"], "n": n, "trees": [trees[slot] for slot in sorted(trees)]}
 
 
-def rollout_for_page(r: dict, n: int, mask_prefix: bool) -> dict:
+def rollout_for_page(r: dict, n: int, config: dict) -> dict:
     """A record of rollouts.jsonl, with the weights of loss.py: of each thought (the sum over its tokens) and of one trained token. A
     suffix leaves out the texts of the shared prefix, which its seed has."""
-    ends = r["thought_ends"]
+    ends, mask_prefix = r["thought_ends"], config["mask_prefix"]
     starts = [0, *ends[:-1]]
     weights = [0.0] * (ends[-1] if ends else 0)
     if r["group"] and r["advantage"]:
-        weights = token_weights(SimpleNamespace(prefix_len=r["prefix_len"], token_ids=range(ends[-1]), advantage=r["advantage"]), n, mask_prefix)
+        weights = token_weights(SimpleNamespace(prefix_len=r["prefix_len"], token_ids=range(ends[-1]), advantage=r["advantage"]), n, mask_prefix, config.get("length", "trained"))
     first = r["reset"] if r["seed"] is not None and r["reset"] else 1
     return {
         "id": r["id"], "purpose": r["purpose"], "k": r["group"][1] if r["group"] else None, "reward": rounded(r["reward"]), "advantage": rounded(r["advantage"]),

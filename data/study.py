@@ -43,6 +43,9 @@ STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
     "srpo 1x4 oracle": "--method srpo --localizer oracle --oracle_samples 4",
     "srpo 1x4 deepest": "--method srpo --seed_choice deepest",
     "srpo 1x4 unmasked": "--method srpo --mask_prefix false",
+    "srpo 1x4 response length": "--method srpo --length response",  # ours, and the next two
+    "srpo 1x4 deepest response length": "--method srpo --seed_choice deepest --length response",
+    "srpo 1x8 response length": "--method srpo --split 1x8 --length response",
     "srpo 1x4 2 updates": "--method srpo --updates 2",
     "srpo 1x4 clipped 2 updates": "--method srpo --updates 2 --clip 0.2",  # with one update the ratio is 1: clipping would change nothing
 }
@@ -67,7 +70,7 @@ def command_study(args) -> None:
     runs = {name: [job(args, args.out / f"{name}-{seed}".replace(" ", "-"), f"{STUDY[name]} --lr {best[tuned(name)]}", seed, args.steps) for seed in range(args.seeds)] for name in args.variants}
     run_jobs([jobs[seed] for seed in range(args.seeds) for jobs in runs.values()], args.jobs, "study")
     named = {name: [(folder, *read_run(folder)) for folder, _ in jobs] for name, jobs in runs.items()}
-    draw_curves({name: named[name] for name in ("grpo", "rrpo 1x4", "srpo 1x4", "srpo 1x4 verifier") if name in named}, args.out / "study.png", tuple(AXES))
+    draw_curves({name: named[name] for name in ("grpo", "rrpo 1x4", "srpo 1x4", "srpo 1x4 response length") if name in named}, args.out / "study.png", tuple(AXES))
     draw_diagnostics(named, args.out / "ablations.png")
     lines = [f"{args.seeds} seeds, {args.steps} steps of {args.prompts_per_step} prompts x 8 trained rollouts on {args.data}, {args.jobs} runs of one thread side by side on {os.cpu_count()} cores"]
     if sweep:
@@ -117,6 +120,8 @@ def claims_table(named: Named, target: float) -> str:
     reach = lambda key: lambda run, lines: np.nan_to_num(first_reach(lines, target, key), nan=lines[-1][key])  # noqa: E731  (not reached: at least that)
     sampling = lambda run, lines: sum(x["seconds"].get(phase, 0) for x in lines if "seconds" in x for phase in PHASES[:5])  # noqa: E731
 
+    steps, tokens = reach("step"), reach("total_tokens")
+
     def correction(key):  # mean over steps of the pass rate of suffixes from such a prefix
         return lambda run, lines: np.mean([x[key] for x in lines if x.get(key) is not None] or [np.nan])
 
@@ -127,14 +132,18 @@ def claims_table(named: Named, target: float) -> str:
         ("SRPO ends above RRPO", "srpo 1x4", last, "rrpo 1x4", last, difference, more),
         ("SRPO ends above GRPO", "srpo 1x4", last, "grpo", last, difference, more),
         ("RRPO ends about where GRPO does (within 0.05)", "rrpo 1x4", last, "grpo", last, difference, (-0.05, 0.05)),
-        (f"SRPO reaches {target} in half the steps of GRPO or fewer (ratio)", "grpo", reach("step"), "srpo 1x4", reach("step"), ratio, faster),
-        ("... and at half of all generated tokens (ratio)", "grpo", reach("total_tokens"), "srpo 1x4", reach("total_tokens"), ratio, faster),
+        (f"SRPO reaches {target} in half the steps of GRPO or fewer (ratio)", "grpo", steps, "srpo 1x4", steps, ratio, faster),
+        ("... and at half of all generated tokens (ratio)", "grpo", tokens, "srpo 1x4", tokens, ratio, faster),
         ("a clean prefix is corrected about twice as often as an erroneous one (ratio, at least 1.5)", "srpo 1x4", clean, "srpo 1x4", erroneous, ratio, (1.5, np.inf)),
         ("1x4 ends above 2x4", "srpo 1x4", last, "srpo 2x4", last, difference, more),
         ("1x4 ends above 1x8", "srpo 1x4", last, "srpo 1x8", last, difference, more),
         ("masking the prefix helps", "srpo 1x4", last, "srpo 1x4 unmasked", last, difference, more),
         ("unclipped ends above clipped (two updates each)", "srpo 1x4 2 updates", last, "srpo 1x4 clipped 2 updates", last, difference, more),
         ("resets cost more sampling time than GRPO (ratio)", "srpo 1x4", sampling, "grpo", sampling, ratio, (1, np.inf)),
+        ("ours: dividing by the length of the whole response helps", "srpo 1x4 response length", last, "srpo 1x4", last, difference, more),
+        ("ours: ... and SRPO then ends above GRPO", "srpo 1x4 response length", last, "grpo", last, difference, more),
+        (f"ours: ... and reaches {target} in fewer steps (ratio)", "grpo", steps, "srpo 1x4 response length", steps, ratio, (1, np.inf)),
+        ("ours: ... and at fewer of all generated tokens (ratio)", "grpo", tokens, "srpo 1x4 response length", tokens, ratio, (1, np.inf)),
         ("ours: the exact localizer ends above the policy's own", "srpo 1x4 verifier", last, "srpo 1x4", last, difference, more),
         ("ours: the deepest seed ends above the first", "srpo 1x4 deepest", last, "srpo 1x4", last, difference, more),
     ]  # fmt: skip
@@ -147,7 +156,7 @@ def claims_table(named: Named, target: float) -> str:
                 continue
             value, least, most = interval(pairs, statistic)
             verdict = "reproduced" if low < least and most < high else "not reproduced" if most < low or least > high else "unclear"
-            missed = sum(np.isnan(first_reach(lines, target, "step")) for name in {a, b} for _, _, lines in named[name]) if "reaches" in text or "..." in text else 0
+            missed = sum(np.isnan(first_reach(lines, target, "step")) for name in {a, b} for _, _, lines in named[name]) if read_a in (steps, tokens) else 0
             rows.append(f"| {text} | {value:.3f} ({least:.3f} to {most:.3f}){f'; {missed} runs did not reach it and count as the last step' if missed else ''} | {verdict} |")
     return "\n".join(rows)
 
@@ -331,7 +340,7 @@ def add_commands(command) -> None:
     sub = command(command_signal, "signal and noise of one step's gradient, by method, before training")
     sub.add_argument("--model", default=usual.model, help="folder or hub id")
     sub.add_argument("--data", default=usual.train_data, help="JSON-lines file or chain-K")
-    sub.add_argument("--variants", nargs="+", choices=STUDY, default=["grpo", "rrpo 1x4", "srpo 1x4", "srpo 1x8", "srpo 2x4", "srpo 1x4 verifier", "srpo 1x4 deepest"], metavar="NAME", help=f"of: {', '.join(STUDY)}")
+    sub.add_argument("--variants", nargs="+", choices=STUDY, default=["grpo", "rrpo 1x4", "srpo 1x4", "srpo 1x8", "srpo 2x4", "srpo 1x4 verifier", "srpo 1x4 deepest", "srpo 1x4 response length"], metavar="NAME", help=f"of: {', '.join(STUDY)}")
     sub.add_argument("--repeats", type=int, default=24, help="independent gradients of each method")
     sub.add_argument("--prompts", type=int, default=usual.prompts_per_step, help="problems per gradient")
     sub.add_argument("--seed", type=int, default=0, help="of problems and sampling")

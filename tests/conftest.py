@@ -25,7 +25,7 @@ def settings(**changed):
     """The settings that programs, localizers and the loss read."""
     usual = dict(
         base=4, prefixes=1, suffixes=4, seed_source="base", seed_choice="first", max_seed_draws=8, correct=1.0, temperature=1.0, top_p=1.0, max_thoughts=20,
-        max_tokens_per_thought=256, localize_fallback="random", localize_temperature=0.3, localize_tokens=256, oracle_samples=4, oracle_tau=0.1, mask_prefix=True,
+        max_tokens_per_thought=256, localize_fallback="random", localize_temperature=0.3, localize_tokens=256, oracle_samples=4, oracle_tau=0.1, mask_prefix=True, length="trained",
         clip=0.0, micro_batch=64, chunk=4096,
     )  # fmt: skip
     return SimpleNamespace(**(usual | changed))

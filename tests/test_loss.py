@@ -33,7 +33,8 @@ def test_token_weights():
     r = rollout(1, (0, 1), prefix=[5, 6], tokens=[7, 8, 9])
     r.advantage = 1.5
     assert token_weights(r, 8) == [0, 0, 0.0625, 0.0625, 0.0625]
-    assert token_weights(r, 8, mask_prefix=False) == [1.5 / 40] * 5
+    assert token_weights(r, 8, mask_prefix=False) == [1.5 / 40] * 5 == token_weights(r, 8, mask_prefix=False, length="response")
+    assert token_weights(r, 8, length="response") == [0, 0, 1.5 / 40, 1.5 / 40, 1.5 / 40]
 
 
 # ------------------------------------------------------------------------------------------- expected gradients, enumerated

@@ -209,8 +209,9 @@ class Chain:
     Gradients are given as terms (probability, mean [K], covariance [K, K], off-chain noise, generated thoughts) of a mixture over what decides
     the advantages; within a term rollouts are independent. Nothing is sampled."""
 
-    def __init__(self, P):
-        self.p = p = P ** (1 / K)
+    def __init__(self, P, length="trained"):
+        self.length, self.p = length, P ** (1 / K)
+        p = self.p
         self.u = np.tril(np.full((K + 1, K), 1 - p), -1)
         self.u[range(K), range(K)] = -p
         self.off = (K - 1.0 - np.arange(K)) * p * (1 - p)  # [K] of a failure at j: summed variance of its scores after the error
@@ -227,7 +228,8 @@ class Chain:
         """Terms of a group of G after a right prefix of h thoughts, its first `passed` members known to be right."""
         mean, cov, off = self.failure(h)
         for right in range(passed, G + 1):
-            a, b = (A / (N * (K - h)) for A in advantages(right, G, normalize))  # loss.token_weights: A / (|T| N)
+            T = K - h if self.length == "trained" else K
+            a, b = (A / (N * T) for A in advantages(right, G, normalize))  # loss.token_weights: A / (|T| N)
             n, u = G - right, self.u[K] * (np.arange(K) >= h)
             yield binomial(G - passed, right - passed, self.p ** (K - h)), right * a * u + n * b * mean, n * b**2 * cov, n * b**2 * off, G * (K - h)
 
@@ -265,9 +267,9 @@ def measure(terms):
     return dict(total=w.sum(), mean=mean, cov=cov, off=off, thoughts=w @ costs, snr=signal / (np.trace(cov) + off), along=signal / (g @ cov @ g))
 
 
-def relative(P, q, split):
+def relative(P, q, split, length="trained"):
     """(snr, along) of a reset method relative to GRPO."""
-    reset, grpo = measure(Chain(P).resets(q, *split)), measure(Chain(P).group(0, N))
+    reset, grpo = measure(Chain(P, length).resets(q, *split)), measure(Chain(P).group(0, N))
     return reset["snr"] / grpo["snr"], reset["along"] / grpo["along"]
 
 
@@ -284,10 +286,14 @@ def lesson2():
         found |= {(name, q, P): m["snr"] / g["snr"] for P, m, g in zip(STARTS, row, grpo)}
         print(f"| {name}{' (RRPO)' * (q == 0)} | {q} | {show(row, grpo)} | {row[1]['thoughts'] / (K * N):.2f} |")
     even, grid = {}, np.geomspace(1e-4, 0.7, 19)
-    for name, split in SPLITS.items():
-        better = np.array([relative(P, 1.0, split) for P in grid]) > 1
-        even |= {(name, what): grid[better[:, i]].max() for i, what in enumerate(("snr", "along"))}
-    print("\nResets at the exact first error have the higher SNR up to about P = " + "; ".join(f"{even[name, 'snr']:.2g} / {even[name, 'along']:.2g} ({name})" for name in SPLITS))
+    for (name, split), length in product(SPLITS.items(), ("trained", "response")):
+        named = name + " --length response" * (length == "response")
+        better = np.array([relative(P, 1.0, split, length) for P in grid]) > 1
+        even |= {(named, what): grid[better[:, i]].max() for i, what in enumerate(("snr", "along"))}
+        if length == "response":  # a token weighs 1 / K, however short its suffix
+            row = [relative(P, 1.0, split, length) for P in STARTS]
+            print(f"| {named} | 1.0 | {' | '.join(f'{snr:.2f} / {along:.2f}' for snr, along in row)} | |")
+    print("\nResets at the exact first error have the higher SNR up to about P = " + "; ".join(f"{snr:.2g} / {even[name, 'along']:.2g} ({name})" for (name, what), snr in even.items() if what == "snr"))
     return found, even
 
 
