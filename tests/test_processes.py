@@ -21,7 +21,7 @@ from loss import backward, set_advantages
 from rollout import grpo, load_policy, run_programs
 from test_run import lines_of
 
-TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2"]
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]  # standalone: a free port, also where another job runs
 # 7 prompts and micro-batches of 3 rows divide by 2 nowhere
 SMALL = "--engine hf --prompts_per_step 7 --micro_batch 3 --train_data chain-5 --eval_data chain-5 --eval_problems 9 --eval_samples 2 --save_every 1".split()
 METHODS = {
