@@ -19,7 +19,7 @@ from loss import set_advantages, token_weights
 from rollout import PROGRAMS, run_programs
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-in_browser = pytest.mark.skipif(  # the gate sets REQUIRE_OPTIONAL: there these tests may not be skipped
+in_browser = pytest.mark.skipif(  # the gate installs Chromium first, and ends if it cannot
     CHROMIUM is None and "REQUIRE_OPTIONAL" not in os.environ, reason="Chromium is not installed; see Test it in README.md"
 )
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.S)
