@@ -22,10 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from data.problems import UserError, counters, last_boxed, load_problems, sandbox_or_refusal
+from data.problems import GENERATED, UserError, counters, last_boxed, load_problems, sandbox_or_refusal
 from localize import UNKNOWN, WRONG, by_oracle, by_self, by_verifier, fallback, parse_localization, review, reviewed
 from rollout import Request, Task, connect, encode_prompt, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
 
@@ -70,6 +69,19 @@ def make_tasks(problems, tokenizer, engine, context: int, seed: int = 0, **setti
     ]
 
 
+def open_policy(args):
+    """(tokenizer, engine, context) for measuring --model with --engine, on this process's GPU where there is one."""
+    device, _ = connect()
+    model, tokenizer = load_policy(args.model)
+    context = model.config.get_text_config().max_position_embeddings
+    return tokenizer, make_engine(args.engine, args.model, model, tokenizer, context, args.max_rows, device=device if device.type == "cuda" else None), context
+
+
+def limits(args) -> dict:
+    """Settings of `make_tasks` that say how long responses and reviews may get."""
+    return {key: getattr(args, key) for key in ("max_thoughts", "max_tokens_per_thought", "localize_tokens")}
+
+
 # ----------------------------------------------------------------------------------------------------------------- benchmarks
 
 KS = (1, 2, 4, 8, 16, 32, 64)
@@ -81,28 +93,25 @@ def command_benchmark(args) -> None:
     if args.compare:
         return compare(*args.compare)
     if not args.data:
-        raise UserError("benchmark needs --data FILE [FILE...] (JSON lines or chain-K), or --compare A.json B.json")
+        raise UserError(f"benchmark needs --data FILE [FILE...] (JSON lines, or {GENERATED}), or --compare A.json B.json")
     if args.samples < 1 or args.temperature < 0 or args.samples > 1 and args.temperature == 0:
         raise UserError("--n must be at least 1, and --temperature above 0 where it is more: greedy responses are all the same")
     main = rank() == 0
     sources = {Path(data).stem: load_problems(data, seed=10**6 + args.seed)[: args.problems] for data in args.data}
     if any(p.kind == "code" for problems in sources.values() for p in problems) and sandbox_or_refusal() and main:
         print(sandbox_or_refusal())
-    settings = {key: getattr(args, key) for key in ("model", "samples", "temperature", "seed", "problems")}
+    settings = {key: getattr(args, key) for key in ("model", "samples", "temperature", "seed", "problems", "max_thoughts", "max_tokens_per_thought")}
     out = args.out or Path("benchmarks") / f"{Path(args.model).name}-n{args.samples}-T{args.temperature}-seed{args.seed}"
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
         raise UserError(f"{out} holds a benchmark with other settings; choose another --out")
-    device, _ = connect()
-    model, tokenizer = load_policy(args.model)
-    context = model.config.get_text_config().max_position_embeddings
-    engine = make_engine(args.engine, args.model, model, tokenizer, context, args.max_rows, device=device if device.type == "cuda" else None)
+    tokenizer, engine, context = open_policy(args)
     gather(None)  # nobody reads settings.json any more
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "settings.json").write_text(json.dumps(settings, indent=1))
     results = {}
     for name, problems in sources.items():
-        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature)
+        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature, **limits(args))
         short = [task.problem.index for task in tasks if len(task.prompt_ids) >= context]
         if short:
             raise UserError(f"{name}: the prompt of problem {short[0]} is longer than the model's context, {context} tokens; remove it")
@@ -207,15 +216,13 @@ def compare(a: Path, b: Path, resamples: int = 10_000) -> None:
 
 def command_localization(args) -> None:
     """How well a policy finds the first wrong thought: on labelled solutions (ProcessBench, `data.prepare`), or on failures of its own."""
-    model, tokenizer = load_policy(args.model)
-    context = model.config.get_text_config().max_position_embeddings
-    engine = make_engine(args.engine, args.model, model, tokenizer, context, args.max_rows, device=torch.device("cuda") if torch.cuda.is_available() else None)
+    tokenizer, engine, context = open_policy(args)
     if is_labelled(args.data):
         result = on_labelled(load_labelled(args.data)[: args.problems], tokenizer, engine, context, args)
     else:
         problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
         reference = by_verifier if all(p.check_steps for p in problems) else by_oracle
-        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, localize_temperature=args.temperature, oracle_samples=8, oracle_tau=0.1)
+        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, localize_temperature=args.temperature, oracle_samples=8, oracle_tau=0.1, **limits(args))
         result = on_own_failures(tasks, engine, reference)
     print(f"{args.model} on {args.data}; counters {dict(counters)}")
     for name, value in result.items():
@@ -239,7 +246,7 @@ def ask(texts: list[str], tokenizer, engine, context: int, args) -> list[str | N
     """What the policy answers to each text; None where a text does not fit its context."""
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     fits = [k for k, prompt in enumerate(prompts) if len(prompt) < context]
-    requests = [Request(k, "localization", prompts[k], 1, args.seed * 10**6 + k, min(args.tokens, context - len(prompts[k])), args.temperature, 1.0) for k in fits]
+    requests = [Request(k, "localization", prompts[k], 1, args.seed * 10**6 + k, min(args.localize_tokens, context - len(prompts[k])), args.temperature, 1.0) for k in fits]
     answers = dict(zip(fits, engine.sample(requests)))
     return [answers[k][0].text if k in answers else None for k in range(len(prompts))]
 
@@ -335,13 +342,11 @@ def review_failure(task: Task, reference):
 def command_self_correct(args) -> None:
     """Resets at test time: localize, reset, sample again, until the judge is satisfied. Beside it the same with restarts from the prompt,
     which is best-of-n; both by round and at equal generated tokens, reviews included."""
-    model, tokenizer = load_policy(args.model)
-    context = model.config.get_text_config().max_position_embeddings
-    engine = make_engine(args.engine, args.model, model, tokenizer, context, args.max_rows, device=torch.device("cuda") if torch.cuda.is_available() else None)
+    tokenizer, engine, context = open_policy(args)
     problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
     curves = {}
     for reset in (True, False):
-        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature, localize_fallback="random")
+        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature, localize_fallback="random", **limits(args))
         traces = np.array(run_programs([self_correct(task, args.rounds, args.judge, reset) for task in tasks], engine)[0], float)  # [problems, rounds + 1, 2]
         curves[reset] = traces[..., 0] >= 1, traces[..., 1].mean(0)
     print(f"{args.model} on {args.data}: {len(problems)} problems, T = {args.temperature}, judge: {args.judge}; counters {dict(counters)}")
@@ -550,36 +555,30 @@ def main(argv: list[str]) -> None:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command(command_benchmark, "mean@n and pass@k of a policy on data sets, or the difference of two such results")
-    sub.add_argument("--model", default=policy, help="folder or hub id")
-    sub.add_argument("--data", nargs="+", help="JSON-lines files, or chain-K")
+    def measures(function, help, problems, temperature):  # a command that samples from a policy
+        sub = command(function, help)
+        sub.add_argument("--model", default=policy, help="folder or hub id")
+        sub.add_argument("--problems", type=int, default=problems, help="records or problems of each file, at most")
+        sub.add_argument("--temperature", type=float, default=temperature[0], help=temperature[1])
+        sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
+        sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
+        sub.add_argument("--max_rows", type=int, default=512, help="rows that a process samples at once")
+        sub.add_argument("--max_thoughts", type=int, default=20, help="thoughts in a response, at most")
+        sub.add_argument("--max_tokens_per_thought", type=int, default=256, help="tokens in a thought, at most")
+        sub.add_argument("--localize_tokens", type=int, default=4096, help="longest review, tokens")
+        return sub
+
+    sub = measures(command_benchmark, "mean@n and pass@k of a policy on data sets, or the difference of two such results", None, (0.0, "0 is greedy"))
+    sub.add_argument("--data", nargs="+", help=f"JSON-lines files, or {GENERATED}")
     sub.add_argument("--n", "--samples", dest="samples", type=int, default=1, help="responses per problem (under torchrun write --samples: it takes --n for its own)")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    sub.add_argument("--problems", type=int, help="of each file, at most")
-    sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
-    sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
-    sub.add_argument("--max_rows", type=int, default=512, help="rows that a process samples at once")
     sub.add_argument("--out", type=Path, help="folder of the results (default: under benchmarks/)")
     sub.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="two results.json")
-    sub = command(command_localization, "how well a policy finds the first wrong thought")
-    sub.add_argument("--model", default=policy, help="folder or hub id")
+    sub = measures(command_localization, "how well a policy finds the first wrong thought", 512, (0.3, "of localization"))
     sub.add_argument("--data", default="chain-12", help="processbench.jsonl of data.prepare; or any problems, for failures of the policy itself")
-    sub.add_argument("--problems", type=int, default=512, help="records or problems, at most")
-    sub.add_argument("--temperature", type=float, default=0.3, help="of localization")
-    sub.add_argument("--tokens", type=int, default=4096, help="longest localization answer")
-    sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
-    sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
-    sub.add_argument("--max_rows", type=int, default=512, help="rows sampled at once")
-    sub = command(command_self_correct, "localize, reset and sample again at test time, beside best-of-n")
-    sub.add_argument("--model", default=policy, help="folder or hub id")
-    sub.add_argument("--data", default="chain-12", help="JSON-lines file or chain-K")
-    sub.add_argument("--problems", type=int, default=256, help="problems, at most")
+    sub = measures(command_self_correct, "localize, reset and sample again at test time, beside best-of-n", 256, (1.0, "of the responses"))
+    sub.add_argument("--data", default="chain-12", help=f"JSON-lines file, or {GENERATED}")
     sub.add_argument("--rounds", type=int, default=8, help="corrections, at most")
     sub.add_argument("--judge", choices=["verifier", "self"], default="verifier", help="who says when to stop")
-    sub.add_argument("--temperature", type=float, default=1.0, help="of the responses")
-    sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
-    sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
-    sub.add_argument("--max_rows", type=int, default=512, help="rows sampled at once")
     sub = command(command_curves, "learning curves, a table of results and a table of costs")
     sub.add_argument("runs", nargs="+", type=Path, help="run directories")
     sub.add_argument("--target", type=float, default=0.5, help="pass rate whose steps and tokens are in the table")

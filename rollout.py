@@ -22,6 +22,7 @@ Try it alone:  python rollout.py        # samples a base group from the embedded
 
 import copy
 import os
+import re
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -212,7 +213,11 @@ def encode_question(tokenizer, problem: Problem) -> list[int]:
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of a user message: through the chat template where the tokenizer has one, else the plain text."""
+    """Token ids of a user message: through the chat template where the tokenizer has one, else the plain text.
+
+    Special tokens that the text spells (the end-of-text of a thought under review, say) become a space: they would end the message."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content != DELIMITER]
+    text = re.sub("|".join(map(re.escape, special)), " ", text) if special else text
     if tokenizer.chat_template:
         message = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)

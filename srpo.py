@@ -50,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data.problems import UserError, counters, load_problems, sandbox_or_refusal
+from data.problems import GENERATED, UserError, counters, load_problems, sandbox_or_refusal
 from eval import by_name, draw_curves, evaluate, read_run
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, grouped, set_advantages
@@ -75,7 +75,7 @@ class Config:
     prefixes: Optional[int] = setting(None, "reset states per prompt (default: from --split)")
     suffixes: Optional[int] = setting(None, "continuations of each reset state (default: from --split)")
     model: str = setting(str(HERE / "data" / "policy"), "folder or hub id of the policy (default: the embedded one)")
-    train_data: str = setting("chain-12", "JSON-lines file of problems, or chain-K for the generated task with K steps")
+    train_data: str = setting("chain-12", f"JSON-lines file of problems, or a generated task: {GENERATED}")
     eval_data: str = setting("chain-12", "held-out problems, in the same forms")
     steps: int = setting(80, "gradient steps")
     prompts_per_step: int = setting(32, "problems per step")

@@ -2,7 +2,8 @@
 
 A `Problem` is a question, a reference answer, and the kind of verifier that grades it. Two sources:
   - a JSON-lines file, one object a line with `question`, `answer` and `kind`, as `data/prepare.py` writes them for public sets;
-  - the embedded task `chain-K`: K steps of arithmetic modulo 97, generated, with the exact truth of every step.
+  - the embedded task `chain-K`: K steps of arithmetic modulo 97, generated, with the exact truth of every step; `english-K-L`, the like
+    in English, is in data/english.py.
 
 The reward of a response is 1.0 or 0.0, from the content of its LAST `\\boxed{}`; for kind "code" it is the share of tests that its last
 fenced program passes. One function per kind (GRADERS):
@@ -105,9 +106,9 @@ def boxed_spans(text: str) -> list[tuple[int, int]]:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last closed `\\boxed{}` of a response, stripped; None if there is none."""
-    spans = boxed_spans(text)
-    return text[spans[-1][0] : spans[-1][1]].strip() if spans else None
+    """Content of the last closed `\\boxed{...}` of a response, stripped; None if there is none. An empty box is none: it repeats the instruction."""
+    contents = [text[a:b].strip() for a, b in boxed_spans(text)]
+    return next((content for content in reversed(contents) if content), None)
 
 
 def grade_integer(boxed: str, answer: str) -> float:
@@ -287,8 +288,11 @@ def generate_chains(steps: int, n: int, seed: int) -> list[Problem]:
 # ------------------------------------------------------------------------------------------------------------------- loading
 
 
+GENERATED = "chain-K (K steps, for the embedded policy) or english-K-L (K to L steps in English)"  # for messages
+
+
 def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
-    """Problems from `chain-K` (n generated ones) or from a JSON-lines file (all of them, keys `question`, `answer`, `kind`).
+    """Problems from a generated task (n of them; see GENERATED) or from a JSON-lines file (all of them, keys `question`, `answer`, `kind`).
 
     `seed` only matters for generated problems. Raises UserError naming file and line of the first thing that is wrong."""
     if re.fullmatch(r"chain-\d+", source):
@@ -296,9 +300,13 @@ def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"{source}: the embedded policy knows chains of 1 to {MAX_STEPS} steps; ask for one of those")
         return generate_chains(steps, n, seed)
+    if found := re.fullmatch(r"english-(\d+)(?:-(\d+))?", source):
+        from data.english import generate_english
+
+        return generate_english(int(found[1]), int(found[2] or found[1]), n, seed)
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"{source}: no such data file; give a JSON-lines file, or chain-K for the generated task (e.g. chain-12)")
+        raise UserError(f"{source}: no such data file; give a JSON-lines file, or a generated task (chain-12 or english-2-4, say)")
     problems = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.problems import DELIMITER, UserError, load_problems
+from data.problems import DELIMITER, GENERATED, UserError, load_problems
 from eval import AXES, PHASES, Named, cost_table, draw_curves, final, first_reach, interval, pyplot, read_run, results_table, spread
 from localize import LOCALIZERS
 from loss import backward, grouped, set_advantages, token_weights
@@ -43,9 +43,8 @@ STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
     "srpo 1x4 oracle": "--method srpo --localizer oracle --oracle_samples 4",
     "srpo 1x4 deepest": "--method srpo --seed_choice deepest",
     "srpo 1x4 unmasked": "--method srpo --mask_prefix false",
-    "srpo 1x4 response length": "--method srpo --length response",  # ours, and the next two
+    "srpo 1x4 response length": "--method srpo --length response",  # ours, and the next one
     "srpo 1x4 deepest response length": "--method srpo --seed_choice deepest --length response",
-    "srpo 1x8 response length": "--method srpo --split 1x8 --length response",
     "srpo 1x4 2 updates": "--method srpo --updates 2",
     "srpo 1x4 clipped 2 updates": "--method srpo --updates 2 --clip 0.2",  # with one update the ratio is 1: clipping would change nothing
 }
@@ -339,14 +338,14 @@ def add_commands(command) -> None:
     sub.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
     sub = command(command_signal, "signal and noise of one step's gradient, by method, before training")
     sub.add_argument("--model", default=usual.model, help="folder or hub id")
-    sub.add_argument("--data", default=usual.train_data, help="JSON-lines file or chain-K")
+    sub.add_argument("--data", default=usual.train_data, help=f"JSON-lines file, or {GENERATED}")
     sub.add_argument("--variants", nargs="+", choices=STUDY, default=["grpo", "rrpo 1x4", "srpo 1x4", "srpo 1x8", "srpo 2x4", "srpo 1x4 verifier", "srpo 1x4 deepest", "srpo 1x4 response length"], metavar="NAME", help=f"of: {', '.join(STUDY)}")
     sub.add_argument("--repeats", type=int, default=24, help="independent gradients of each method")
     sub.add_argument("--prompts", type=int, default=usual.prompts_per_step, help="problems per gradient")
     sub.add_argument("--seed", type=int, default=0, help="of problems and sampling")
     sub = command(command_anatomy, "which thoughts get credit on one problem, under GRPO and under SRPO")
     sub.add_argument("--model", default=usual.model, help="folder or hub id")
-    sub.add_argument("--data", default=usual.train_data, help="JSON-lines file or chain-K")
+    sub.add_argument("--data", default=usual.train_data, help=f"JSON-lines file, or {GENERATED}")
     sub.add_argument("--problems", type=int, default=64, help="problems to look through for one whose groups all have variance")
     sub.add_argument("--seed", type=int, default=0, help="of problems and sampling")
     sub.add_argument("--out", type=Path, default=Path("anatomy.png"), help="picture to write")

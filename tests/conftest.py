@@ -63,6 +63,7 @@ class Letters:
     """A tokenizer of given pieces: decoding is joining."""
 
     chat_template = None
+    added_tokens_decoder = {}
 
     def __init__(self, pieces, eos=None):
         self.pieces, self.eos_token_id, self.pad_token_id = pieces, eos, 0

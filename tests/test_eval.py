@@ -167,7 +167,7 @@ def test_localization_on_labelled_solutions(tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert evaluation.is_labelled(str(tmp_path / "p.jsonl")) and not evaluation.is_labelled("chain-3")
     engine = Reviewer(r"\boxed{2}", r"\boxed{3}", r"\boxed{0}", "hm", r"\boxed{1}")
-    args = SimpleNamespace(seed=0, tokens=9, temperature=0.3)
+    args = SimpleNamespace(seed=0, localize_tokens=9, temperature=0.3)
     result = evaluation.on_labelled(evaluation.load_labelled(str(tmp_path / "p.jsonl")), Words(), engine, 99, args)
     assert result["accuracy on erroneous"].startswith("0.500") and result["accuracy on correct"].startswith("1.000") and result["F1"] == "0.667"
     assert result["told that it is wrong, exact"].startswith("0.500") and result["a step chosen at random"] == "0.333"

@@ -78,6 +78,7 @@ class Words:
     """A tokenizer that keeps the text."""
 
     chat_template = None
+    added_tokens_decoder = {}
 
     def get_vocab(self):
         return {}
