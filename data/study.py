@@ -40,7 +40,7 @@ STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
     "srpo 2x4": "--method srpo --split 2x4",
     "srpo 1x8": "--method srpo --split 1x8",
     "srpo 1x4 verifier": "--method srpo --localizer verifier",
-    "srpo 1x4 oracle": "--method srpo --localizer oracle --oracle_samples 4",
+    "srpo 1x4 oracle": "--method srpo --localizer oracle --oracle_samples 2",
     "srpo 1x4 deepest": "--method srpo --seed_choice deepest",
     "srpo 1x4 unmasked": "--method srpo --mask_prefix false",
     "srpo 1x4 response length": "--method srpo --length response",  # ours, and the next one
@@ -333,7 +333,7 @@ def add_commands(command) -> None:
     sub.add_argument("--target", type=float, default=0.3, help="pass rate of the time-to-target columns and claims")
     sub.add_argument("--variants", nargs="+", choices=STUDY, default=list(STUDY), metavar="NAME", help=f"of: {', '.join(STUDY)}")
     sub.add_argument("--grid", nargs="+", type=float, default=list(GRID), help="learning rates of the sweep")
-    sub.add_argument("--sweep_seeds", type=int, default=2, help="seeds of the sweep, other ones than the study's")
+    sub.add_argument("--sweep_seeds", type=int, default=4, help="seeds of the sweep, other ones than the study's")
     sub.add_argument("--sweep_steps", type=int, default=30, help="steps of the sweep's runs")
     sub.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
     sub = command(command_signal, "signal and noise of one step's gradient, by method, before training")
