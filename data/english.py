@@ -115,14 +115,14 @@ def said(thought: str) -> list[str]:
 
 
 def draw(rng: np.random.Generator, operations: int) -> English:
-    """One problem of so many operations; its values stay between 1 and 200."""
-    start = value = int(rng.integers(5, 40))
+    """One problem of so many operations; its values stay between 1 and 99."""
+    start = value = int(rng.integers(3, 31))
     chosen = []
     while len(chosen) < operations:
         operator = "++--*/"[rng.integers(6)]
-        b = int(rng.integers(2, 25) if operator in "+-" else rng.integers(2, 5))
+        b = int(rng.integers(2, 16) if operator in "+-" else rng.integers(2, 5))
         after = {"+": value + b, "-": value - b, "*": value * b, "/": value // b}[operator]
-        if 1 <= after <= 200 and (operator != "/" or value % b == 0):
+        if 1 <= after <= 99 and (operator != "/" or value % b == 0):
             chosen.append((operator, b))
             value = after
     told = ORDERS if rng.random() < 0.5 else EVENTS

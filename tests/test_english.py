@@ -70,7 +70,7 @@ def test_true_solutions_are_right_and_earn_one():
         problem = english.problem(0)
         assert english.check_steps(english.solution()) is None
         assert problem.grade("\n".join(english.solution())) == 1.0
-        assert min(english.values) >= 1 and max(english.values) <= 200
+        assert min(english.values) >= 1 and max(english.values) <= 99
 
 
 def test_a_wrong_answer_has_a_first_wrong_thought_and_its_review_names_it():
