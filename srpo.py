@@ -50,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data.problems import GENERATED, UserError, counters, load_problems, sandbox_or_refusal
+from data.problems import DELIMITER, GENERATED, UserError, counters, load_problems, sandbox_or_refusal
 from eval import by_name, draw_curves, evaluate, read_run
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, grouped, set_advantages
@@ -249,6 +249,8 @@ def train(cfg: Config) -> dict:
         starved = 0 if signal_there else starved + 1
         if main and starved and starved % 5 == 0:
             bar.write(f"warning: no group had variance for {starved} steps: all rewards are alike. Use easier problems or a better policy.")
+        if main and step == first_step and cfg.prefixes and line["thoughts"] < 1.5:
+            bar.write(f"warning: {line['thoughts']:.1f} thoughts a response: the policy hardly writes {DELIMITER}, so a reset starts over. See README, Your own model.")
         line |= {"counters": dict(counters), "seconds": {k: round(v, 4) for k, v in clock.seconds.items()}}
         if device.type == "cuda":
             line["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of this process's trainer, at most so far
@@ -435,6 +437,7 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
         "verifier_calls": sum(r.reward is not None for r in generated),
         "masked_share": sum(r.prefix_len for r in rollouts) / sum(len(r.token_ids) for r in rollouts),
         "response_tokens": mean(len(r.token_ids) for r in rollouts),
+        "thoughts": mean(len(r.thought_ends) for r in rollouts),
         "finish": dict(Counter(r.finish for r in rollouts)),
     }
 

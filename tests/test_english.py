@@ -224,6 +224,12 @@ def test_warm_start_resumes_exactly_and_can_be_trained(folder, tmp_path, capsys)
     assert line["localized_exact"] is not None and line["tokens"]["localization"] > 0
 
 
+def test_a_policy_without_delimiters_is_told_of(folder, tmp_path, capsys):
+    flags = "--train_data english-2 --eval_data english-2 --steps 1 --prompts_per_step 1 --eval_problems 1 --max_thoughts 1 --max_tokens_per_thought 9 --localize_tokens 9 --engine hf"
+    srpo.main([*flags.split(), "--model", str(folder), "--out_dir", str(tmp_path / "run")])
+    assert "warning: 1.0 thoughts a response: the policy hardly writes </thought>" in capsys.readouterr().out
+
+
 def test_supervised_steps_learn(folder, tokenizer):
     """The loss with advantage 1 is the mean -log pi of the examples: it falls."""
     model, _ = load_policy(folder)

@@ -51,6 +51,9 @@ def test_claims(tmp_path):
     assert verdict["SRPO reaches 0.5 in half the steps of GRPO or fewer (ratio)"] == "reproduced"
     assert verdict["ours: the deepest seed ends above the first"] == "unclear"
     assert "1x4 ends above 2x4" not in verdict
+    row = next(row for row in study.against_grpo(named, 0.5).splitlines() if row.startswith("| srpo 1x4 |"))
+    steps = [evaluation.first_reach(members[0][2], 0.5, "step") for members in (named["grpo"], named["srpo 1x4"])]
+    assert "| 0.200 (0.200 to 0.200) | {0:.3f} ({0:.3f} to {0:.3f}) |".format(steps[0] / steps[1]) in row and row.endswith("| 4 of 4 |")
 
 
 def test_costs_are_summed_over_phases(tmp_path):
