@@ -48,17 +48,18 @@ STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
     "srpo 1x4 2 updates": "--method srpo --updates 2",
     "srpo 1x4 clipped 2 updates": "--method srpo --updates 2 --clip 0.2",  # with one update the ratio is 1: clipping would change nothing
 }
-GRID = (2.5e-4, 5e-4, 1e-3)  # learning rates, the same for every method; the ablations of SRPO take SRPO's
+GRID = (2.5e-4, 5e-4, 1e-3, 2e-3)  # learning rates, the same for every method; the ablations of SRPO take SRPO's
 
 
 def command_study(args) -> None:
     """Trains all variants with all seeds, two or more side by side, and writes study.md and pictures to --out. What is there is kept: the same
     command goes on where it stopped, and `--seeds` can be raised."""
-    settings = {key: getattr(args, key) for key in ("data", "steps", "prompts_per_step", "eval_every", "grid", "sweep_seeds", "sweep_steps")}
+    settings = {key: getattr(args, key) for key in ("model", "data", "steps", "prompts_per_step", "eval_every", "grid", "sweep_seeds", "sweep_steps", "benchmark_problems", "flags")}
     args.out.mkdir(parents=True, exist_ok=True)
     if (args.out / "settings.json").exists() and json.loads((args.out / "settings.json").read_text()) != settings:
         raise UserError(f"{args.out} holds a study with other settings; choose another --out (only --seeds, --variants, --target and --jobs may change)")
     (args.out / "settings.json").write_text(json.dumps(settings))
+    run_jobs([(args.out / "before", [measure(args, args.model, args.out / "before", 0)])], 1, "before training")
     tuned = lambda name: {"grpo": "grpo", "rrpo": "rrpo 1x4"}.get(name.split()[0], "srpo 1x4")  # noqa: E731  (the method that its learning rate comes from)
     methods = list(dict.fromkeys(map(tuned, args.variants)))
     sweep = {(name, lr): [job(args, args.out / "sweep" / f"{name}-{lr:g}-{seed}".replace(" ", "-"), f"{STUDY[name]} --lr {lr}", seed, args.sweep_steps) for seed in range(100, 100 + args.sweep_seeds)]
@@ -71,7 +72,9 @@ def command_study(args) -> None:
     named = {name: [(folder, *read_run(folder)) for folder, _ in jobs] for name, jobs in runs.items()}
     draw_curves({name: named[name] for name in ("grpo", "rrpo 1x4", "srpo 1x4", "srpo 1x4 response length") if name in named}, args.out / "study.png", tuple(AXES))
     draw_diagnostics(named, args.out / "ablations.png")
-    lines = [f"{args.seeds} seeds, {args.steps} steps of {args.prompts_per_step} prompts x 8 trained rollouts on {args.data}, {args.jobs} runs of one thread side by side on {os.cpu_count()} cores"]
+    start = json.loads((args.out / "before" / "benchmark" / "results.json").read_text())["results"][Path(args.data).stem]
+    lines = [f"{args.seeds} seeds, {args.steps} steps of {args.prompts_per_step} prompts x 8 trained rollouts on {args.data}, {args.jobs} runs of one thread side by side on {os.cpu_count()} cores",
+             f"Before training: pass rate {start['mean']:.3f} ± {start['half']:.3f} (half a 95% interval over {start['problems']} problems), pass@8 {start['pass_at']['8']:.3f}"]  # fmt: skip
     if sweep:
         lines += ["", f"Learning rates, held-out pass rate after {args.sweep_steps} steps, {args.sweep_seeds} seeds (not those of the study):", "", "| |" + "".join(f" {lr:g} |" for lr in args.grid), "|---" * (1 + len(args.grid)) + "|"]
         lines += [f"| {name} |" + "".join(f" {spread(rates[name, lr], '.3f')} |" for lr in args.grid) for name in methods]
@@ -83,11 +86,19 @@ def command_study(args) -> None:
 
 def job(args, folder: Path, flags: str, seed: int, steps: int) -> tuple[Path, list[list[str]]]:
     """(run directory, commands that make it: the training, and a benchmark of its last checkpoint)."""
-    common = f"--steps {steps} --seed {seed} --train_data {args.data} --eval_data {args.data} --prompts_per_step {args.prompts_per_step} --engine hf --eval_every {args.eval_every} --save_every 25"
-    train = [str(ROOT / "srpo.py"), *(["--resume", str(folder)] if (folder / "config.json").exists() else [*flags.split(), *common.split(), "--out_dir", str(folder)])]
-    measure = [str(ROOT / "eval.py"), "benchmark", "--model", str(folder / "checkpoints" / f"step_{steps}"), "--data", args.data, "--n", "8", "--temperature", "1",
-               "--problems", "256", "--seed", str(seed), "--engine", "hf", "--out", str(folder / "benchmark")]  # fmt: skip
-    return folder, [[sys.executable, *train], [sys.executable, *measure]]
+    common = (f"--steps {steps} --seed {seed} --train_data {args.data} --eval_data {args.data} --prompts_per_step {args.prompts_per_step} --engine hf "
+              f"--eval_every {args.eval_every} --save_every 25 {args.flags}")  # fmt: skip
+    new = [*flags.split(), *common.split(), "--model", args.model, "--out_dir", str(folder)]
+    train = [sys.executable, str(ROOT / "srpo.py"), *(["--resume", str(folder)] if (folder / "config.json").exists() else new)]
+    return folder, [train, measure(args, folder / "checkpoints" / f"step_{steps}", folder, seed)]
+
+
+def measure(args, model, folder: Path, seed: int) -> list[str]:
+    """The command that benchmarks a policy, pass@1 and pass@8 at T = 1, into FOLDER/benchmark."""
+    limits = vars(parse(args.flags.split()))
+    return [sys.executable, str(ROOT / "eval.py"), "benchmark", "--model", str(model), "--data", args.data, "--n", "8", "--temperature", "1", "--problems",
+            str(args.benchmark_problems), "--seed", str(seed), "--engine", "hf", "--out", str(folder / "benchmark"),
+            *(part for key in ("max_thoughts", "max_tokens_per_thought", "max_rows") for part in (f"--{key}", str(limits[key])))]  # fmt: skip
 
 
 def run_jobs(jobs: list[tuple[Path, list[list[str]]]], side_by_side: int, name: str) -> None:
@@ -349,7 +360,10 @@ def add_commands(command) -> None:
     usual = parse([])
     sub = command(command_study, "trains every variant with every seed and holds the paper's claims against them")
     sub.add_argument("--out", type=Path, default=Path("runs/study"), help="folder (1.5 GB); the same command goes on with what is there")
+    sub.add_argument("--model", default=usual.model, help="folder or hub id")
     sub.add_argument("--data", default=usual.train_data, help="task, for training and held-out problems")
+    sub.add_argument("--flags", default="", help="more settings of srpo.py for every run, in one string, such as '--micro_batch 8'")
+    sub.add_argument("--benchmark_problems", type=int, default=256, help="held-out problems of the benchmark of each run's end")
     sub.add_argument("--seeds", type=int, default=8, help="of each variant, from 0")
     sub.add_argument("--steps", type=int, default=50, help="of each run")
     sub.add_argument("--prompts_per_step", type=int, default=usual.prompts_per_step, help="problems per step")

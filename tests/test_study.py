@@ -64,23 +64,24 @@ def test_costs_are_summed_over_phases(tmp_path):
 def test_study_trains_goes_on_and_concludes(tmp_path, capsys):
     """Two real runs; the same command again does nothing anew; a third seed is added to them."""
     common = ["study", "--out", str(tmp_path), "--data", "chain-2", "--variants", "grpo", "srpo 1x4", "--steps", "2", "--eval_every", "1", "--prompts_per_step", "4",
-              "--grid", "0.001", "--target", "0.9", "--jobs", "2"]  # fmt: skip
+              "--grid", "0.001", "--target", "0.9", "--jobs", "2", "--benchmark_problems", "16", "--flags", "--eval_problems 16 --max_thoughts 3"]  # fmt: skip
     evaluation.main([*common, "--seeds", "1"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.log")}
-    assert sorted(path.name for path in before) == ["grpo-0.log", "srpo-1x4-0.log"]
+    assert sorted(path.name for path in before) == ["before.log", "grpo-0.log", "srpo-1x4-0.log"]
     evaluation.main([*common, "--seeds", "1"])
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.log")}
     text = (tmp_path / "study.md").read_text()
     assert "| SRPO ends above GRPO |" in text and "| per step | seconds |" in text
     assert (tmp_path / "study.png").stat().st_size > 10_000 and (tmp_path / "ablations.png").stat().st_size > 10_000
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("grpo-0", "srpo-1x4-0")]
-    assert [c["method"] for c in configs] == ["grpo", "srpo"] and all(c["lr"] == 0.001 and c["steps"] == 2 for c in configs)
+    assert [c["method"] for c in configs] == ["grpo", "srpo"] and all(c["lr"] == 0.001 and c["steps"] == 2 and c["max_thoughts"] == 3 for c in configs)
+    assert "Before training: pass rate 0." in text
     with pytest.raises(UserError, match="other settings"):
         evaluation.main([*common, "--seeds", "1", "--steps", "3"])
 
 
 def test_a_failing_run_stops_the_study_and_names_its_log(tmp_path):
-    with pytest.raises(UserError, match="grpo-0.log"):
+    with pytest.raises(UserError, match="before.log"):
         evaluation.main(["study", "--out", str(tmp_path), "--data", "chain-99", "--variants", "grpo", "--seeds", "1", "--grid", "0.001"])
 
 
