@@ -107,7 +107,7 @@ class ThoughtTracker:
     """Follows a response token by token and says where thoughts end and when it is over. One logic for every engine.
 
     A thought ends after the token that completes the delimiter in decoded text, also when the delimiter starts or ends inside a token,
-    or after `max_tokens_per_thought` tokens. The response ends ("answer") with the thought in which a `\\boxed{}` has been closed.
+    or after `max_tokens_per_thought` tokens. The response ends ("answer") with the thought in which a `\\boxed{...}` has been closed.
 
     Example, tokens "a", "</thou", "ght>b", "c", <eos>:  thought_ends == [3, 5], finish == "eos".
     """
@@ -133,7 +133,7 @@ class ThoughtTracker:
             self.brace |= token in vocabulary.braces
             if (token in vocabulary.closers and self.completes_delimiter()) or thought >= request.max_tokens_per_thought:
                 self.thought_ends.append(len(self.ids))
-                if self.brace and last_boxed(vocabulary.decode(self.ids)) is not None:
+                if self.brace and last_boxed(vocabulary.decode(self.ids)):  # not an empty box, which repeats the instruction
                     self.finish = "answer"
                 elif len(self.thought_ends) >= request.max_thoughts:
                     self.finish = "thoughts"

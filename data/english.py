@@ -84,7 +84,7 @@ class English:
                 should = self.equations[max(at, 1) - 1]
                 if not right:
                     break
-            if right and (boxed is not None or h == len(thoughts)):  # an answer, or the end without one
+            if right and (boxed or h == len(thoughts)):  # an answer, or the end without one
                 should, says, right = f"the answer is {path[-1]}", boxed or "nothing", boxed == path[-1]
             judged.append((should, says, right))
             if not right:

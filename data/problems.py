@@ -106,9 +106,9 @@ def boxed_spans(text: str) -> list[tuple[int, int]]:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last closed `\\boxed{...}` of a response, stripped; None if there is none. An empty box is none: it repeats the instruction."""
-    contents = [text[a:b].strip() for a, b in boxed_spans(text)]
-    return next((content for content in reversed(contents) if content), None)
+    """Content of the last closed `\\boxed{}` of a response, stripped; None if there is none."""
+    spans = boxed_spans(text)
+    return text[spans[-1][0] : spans[-1][1]].strip() if spans else None
 
 
 def grade_integer(boxed: str, answer: str) -> float:

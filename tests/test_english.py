@@ -195,7 +195,7 @@ def test_resets_of_real_text(tokenizer, folder):
 
 
 def command(folder, out, **changed):
-    flags = dict(format_steps=6, review_steps=4, problems=34, rows=4, lr=1e-2, save_every=2, measure=0) | changed
+    flags = dict(format_steps=6, review_steps=4, problems=34, rows=4, lr=1e-2, save_every=2, measure=0, max_tokens_per_thought=8) | changed
     return ["--model", str(folder), "--out", str(out), *(str(x) for key, value in flags.items() for x in (f"--{key}", value))]
 
 
