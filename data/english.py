@@ -2,7 +2,7 @@
 
     Ana has 14 apples. Ana buys 9 more. Then Ana gives away 5. How many apples does Ana have now?
 
-    Ana has 14 apples and buys 9 more: 14 + 9 = 23 apples.</thought>
+    Ana buys 9 more: 14 + 9 = 23 apples.</thought>
     Ana gives away 5: 23 - 5 = 18 apples.</thought>
     The answer is \\boxed{18}.</thought>
 
@@ -114,8 +114,9 @@ def said(thought: str) -> list[str]:
     return [number.replace(",", "") for number in re.findall(r"=\s*\\?\$?\s*(-?\d+(?:,\d{3})*(?:\.\d+)?)", thought.replace(DELIMITER, ""))]
 
 
-def draw(rng: np.random.Generator, operations: int) -> English:
-    """One problem of so many operations; its values stay between 1 and 99."""
+def draw(rng: np.random.Generator, low: int, high: int) -> English:
+    """One problem of `low` to `high` operations; its values stay between 1 and 99."""
+    operations = int(rng.integers(low, high + 1))
     start = value = int(rng.integers(3, 31))
     chosen = []
     while len(chosen) < operations:
@@ -137,12 +138,12 @@ def generate_english(low: int, high: int, n: int, seed: int) -> list[Problem]:
     if not 1 <= low <= high <= MAX_OPERATIONS:
         raise UserError(f"english-{low}-{high}: problems have 1 to {MAX_OPERATIONS} operations, the smaller number first; ask for english-2-4, say")
     rng = np.random.default_rng([seed, low, high])
-    return [draw(rng, int(rng.integers(low, high + 1))).problem(i) for i in range(n)]
+    return [draw(rng, low, high).problem(i) for i in range(n)]
 
 
 if __name__ == "__main__":
     rng = np.random.default_rng(0)
-    for english in (draw(rng, 3) for _ in range(4)):
+    for english in (draw(rng, 3, 3) for _ in range(4)):
         thoughts = english.solution()
         wrong = [thoughts[0], re.sub(r"= (\d+)", lambda found: f"= {int(found[1]) + 1}", thoughts[1]), *thoughts[2:]]
         print(english.question, *thoughts, "", *wrong, "", english.review(wrong), "", sep="\n")

@@ -87,7 +87,7 @@ def example(tokenizer, prompt_ids: list[int], text: str) -> Rollout:
 
 def solution(tokenizer, rng) -> Rollout:
     """A true solution of a fresh problem."""
-    english = draw(rng, int(rng.integers(OPERATIONS[0], OPERATIONS[1] + 1)))
+    english = draw(rng, *OPERATIONS)
     return example(tokenizer, encode_question(tokenizer, english.problem(0)), "\n".join(thought + DELIMITER for thought in english.solution()))
 
 
@@ -136,7 +136,7 @@ def collect_reviews(args, model, tokenizer) -> list[tuple[list[int], str]]:
     bar = tqdm(range(0, args.problems, at_once), initial=len(lines), total=-(-args.problems // at_once), desc="failures", unit="batch", dynamic_ncols=True)
     for at in list(bar.iterable)[len(lines) :]:
         rng = np.random.default_rng([args.seed, 3, at])
-        english = [draw(rng, int(rng.integers(OPERATIONS[0], OPERATIONS[1] + 1))) for _ in range(min(at_once, args.problems - at))]
+        english = [draw(rng, *OPERATIONS) for _ in range(min(at_once, args.problems - at))]
         tasks = make_tasks([e.problem(at + i) for i, e in enumerate(english)], tokenizer, engine, model.config.max_position_embeddings, seed=args.seed + at, **limits(args))
         found = []
         for e, task, group in zip(english, tasks, evaluate(tasks, engine, 2)["groups"]):
@@ -154,10 +154,7 @@ def collect_reviews(args, model, tokenizer) -> list[tuple[list[int], str]]:
 
 # ---------------------------------------------------------------------------------------------------------------- model card
 
-CARD = """---
-license: apache-2.0
----
-# A warm start for SRPO
+CARD = """# A warm start for SRPO
 
 {model}, after {format_steps} supervised steps of {rows} solutions and {review_steps} of as many reviews and solutions in turn ({reviews} reviews of its own failures),
 AdamW at {lr:g}, seed {seed}: `python -m data.warm_start {command}`. It solves problems of data/english.py, thought by thought, and names the first wrong thought
@@ -175,8 +172,8 @@ Localization, on one failure of each problem with 2 to 4 operations, against the
 """
 
 
-def write_card(args, model, tokenizer) -> None:
-    """Measures the policy and writes README.md."""
+def write_card(args, command: str, model, tokenizer) -> None:
+    """Measures the policy and writes README.md, with the command that made it."""
     engine, context = HFEngine(model, tokenizer), model.config.max_position_embeddings
     rows = []
     for k in tqdm(range(OPERATIONS[0], OPERATIONS[1] + 2), desc="measure", unit="length", dynamic_ncols=True):
@@ -188,7 +185,7 @@ def write_card(args, model, tokenizer) -> None:
     tasks = make_tasks(generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed), tokenizer, engine, context, args.seed, **limits(args))
     localization = "\n".join(f"- {name}: {value}" for name, value in on_own_failures(tasks, engine, by_verifier).items())
     reviews = sum(len(json.loads(line)) for line in (args.out / "reviews.jsonl").read_text().splitlines())
-    card = CARD.format(**vars(args) | {"model": "SmolLM2-135M-Instruct" if args.model == "smollm2" else args.model}, reviews=reviews, command=" ".join(sys.argv[1:]),
+    card = CARD.format(**vars(args) | {"model": "SmolLM2-135M-Instruct" if args.model == "smollm2" else args.model}, reviews=reviews, command=command,
                        rates="\n".join(rows), localization=f"{localization}\n- answers without a usable step: {dict(Counter(counters))}")  # fmt: skip
     (args.out / "README.md").write_text(card, encoding="utf-8")
     print(card)
@@ -233,7 +230,7 @@ def main(argv: list[str]) -> None:
         for phase in ("format", "review"):
             (args.out / f"{phase}.pt").unlink()
     if args.measure:
-        write_card(args, model, tokenizer)
+        write_card(args, " ".join(argv), model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     rng = np.random.default_rng(0)
-    told = [draw(rng, 3) for _ in range(60)]
+    told = [draw(rng, 3, 3) for _ in range(60)]
     text = [e.question + "\n".join(thought + DELIMITER for thought in e.solution()) + e.review(e.solution()[:-1]) for e in told]
     text += [review("", ["x"]) + INSTRUCTION] * 9
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -66,7 +66,7 @@ def tokenizer(folder):
 def test_true_solutions_are_right_and_earn_one():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        english = draw(rng, int(rng.integers(1, 8)))
+        english = draw(rng, 1, 7)
         problem = english.problem(0)
         assert english.check_steps(english.solution()) is None
         assert problem.grade("\n".join(english.solution())) == 1.0
@@ -78,7 +78,7 @@ def test_a_wrong_answer_has_a_first_wrong_thought_and_its_review_names_it():
     rng = np.random.default_rng(1)
     wrong = 0
     for _ in range(400):
-        english = draw(rng, int(rng.integers(1, 6)))
+        english = draw(rng, 1, 5)
         thoughts = english.solution()
         first = int(rng.integers(len(thoughts)))
         slip = lambda found: str(int(found[0]) + int(rng.integers(-3, 4)))  # noqa: E731
