@@ -444,7 +444,8 @@ AXES = {"step": ("step", 1), "total_tokens": ("million generated tokens, all pur
 def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
     """Held-out pass rate against each of `axes` (keys of AXES); with several seeds of a name, their mean and its 95% interval."""
     plt = pyplot()
-    figure, panels = plt.subplots(1, len(axes), figsize=(5 * len(axes), 3.8), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(len(axes) // 2, 2, figsize=(10, 1.9 * len(axes)), sharey=True, layout="constrained")
+    panels = panels.ravel()
     for color, (name, members) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, named.items()):
         evaluations = [[x for x in lines if "eval_pass_rate" in x] for _, _, lines in members]
         shared = min(map(len, evaluations))
@@ -522,12 +523,11 @@ PHASES = ("base", "seed", "localization", "suffix", "oracle", "grade", "wait", "
 
 
 def cost_table(named: Named) -> str:
-    """Means over all steps of all seeds: seconds by phase, sampling speed, tokens."""
+    """Seconds by phase, sampling speed and tokens of a step: medians over seeds, so that a run beside other work does not count, of means over steps."""
     used = [phase for phase in PHASES if any(x.get("seconds", {}).get(phase, 0) > 0.005 for members in named.values() for _, _, lines in members for x in lines)]
     rows = ["| per step | seconds |" + "".join(f" {phase} |" for phase in used) + " tokens generated | tokens/s sampling | tokens trained | response, tokens |", "|---" * (6 + len(used)) + "|"]
     for name, members in named.items():
-        lines = [x for _, _, lines in members for x in lines if "seconds" in x]
-        mean = lambda read: sum(map(read, lines)) / len(lines)  # noqa: E731
+        mean = lambda read: np.median([np.mean([read(x) for x in lines if "seconds" in x]) for _, _, lines in members])  # noqa: E731
         shares = [mean(lambda x: x["seconds"].get(phase, 0)) for phase in used]
         tokens, sampling = mean(lambda x: sum(x.get("tokens", {}).values())), mean(lambda x: sum(x["seconds"].get(phase, 0) for phase in PHASES[:5]))
         rows.append(f"| {name} | {mean(lambda x: sum(x['seconds'].values())):.2f} |" + "".join(f" {s:.2f} |" if s else " |" for s in shares)

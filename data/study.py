@@ -43,12 +43,12 @@ STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
     "srpo 1x4 oracle": "--method srpo --localizer oracle --oracle_samples 2",
     "srpo 1x4 deepest": "--method srpo --seed_choice deepest",
     "srpo 1x4 unmasked": "--method srpo --mask_prefix false",
-    "srpo 1x4 response length": "--method srpo --length response",  # ours, and the next one
-    "srpo 1x4 deepest response length": "--method srpo --seed_choice deepest --length response",
+    "srpo 1x4 response length": "--method srpo --length response",  # ours
     "srpo 1x4 2 updates": "--method srpo --updates 2",
     "srpo 1x4 clipped 2 updates": "--method srpo --updates 2 --clip 0.2",  # with one update the ratio is 1: clipping would change nothing
+    "grpo clipped 2 updates": "--method grpo --updates 2 --clip 0.2",
 }
-GRID = (2.5e-4, 5e-4, 1e-3)  # learning rates, the same for every method; the ablations of SRPO take SRPO's
+GRID = (2.5e-4, 5e-4, 1e-3)  # learning rates, the same for every method; the ablations of SRPO take SRPO's, divided by their updates for each buffer
 
 
 def command_study(args) -> None:
@@ -67,10 +67,11 @@ def command_study(args) -> None:
     run_jobs([job for jobs in sweep.values() for job in jobs], args.jobs, "learning rates")
     rates = {key: [final(folder, read_run(folder)[1])[0] for folder, _ in jobs] for key, jobs in sweep.items()}
     best = {name: max(args.grid, key=lambda lr: np.mean(rates.get((name, lr), 0))) for name in methods}
-    runs = {name: [job(args, args.out / f"{name}-{seed}".replace(" ", "-"), f"{STUDY[name]} --lr {best[tuned(name)]}", seed, args.steps) for seed in range(args.seeds)] for name in args.variants}
+    rate = {name: best[tuned(name)] / parse(STUDY[name].split()).updates for name in args.variants}
+    runs = {name: [job(args, args.out / f"{name}-{seed}".replace(" ", "-"), f"{STUDY[name]} --lr {rate[name]}", seed, args.steps) for seed in range(args.seeds)] for name in args.variants}
     run_jobs([jobs[seed] for seed in range(args.seeds) for jobs in runs.values()], args.jobs, "study")
     named = {name: [(folder, *read_run(folder)) for folder, _ in jobs] for name, jobs in runs.items()}
-    draw_curves({name: named[name] for name in ("grpo", "rrpo 1x4", "srpo 1x4", "srpo 1x4 response length") if name in named}, args.out / "study.png", tuple(AXES))
+    draw_curves({name: named[name] for name in ("grpo", "rrpo 1x4", "srpo 1x4", "srpo 1x4 verifier", "srpo 1x4 clipped 2 updates", "grpo clipped 2 updates") if name in named}, args.out / "study.png", tuple(AXES))
     draw_diagnostics(named, args.out / "ablations.png")
     start = json.loads((args.out / "before" / "benchmark" / "results.json").read_text())["results"][Path(args.data).stem]
     lines = [f"{args.seeds} seeds, {args.steps} steps of {args.prompts_per_step} prompts x 8 trained rollouts on {args.data}, {args.jobs} runs of one thread side by side on {os.cpu_count()} cores",
@@ -176,6 +177,7 @@ def claims_table(named: Named, target: float) -> str:
         ("1x4 ends above 1x8", "srpo 1x4", last, "srpo 1x8", last, difference, more),
         ("masking the prefix helps", "srpo 1x4", last, "srpo 1x4 unmasked", last, difference, more),
         ("unclipped ends above clipped (two updates each)", "srpo 1x4 2 updates", last, "srpo 1x4 clipped 2 updates", last, difference, more),
+        ("ours: SRPO ends above GRPO, both clipped with two updates", "srpo 1x4 clipped 2 updates", last, "grpo clipped 2 updates", last, difference, more),
         ("resets cost more sampling time than GRPO (ratio)", "srpo 1x4", sampling, "grpo", sampling, ratio, (1, np.inf)),
         ("ours: dividing by the length of the whole response helps", "srpo 1x4 response length", last, "srpo 1x4", last, difference, more),
         ("ours: the exact localizer ends above the policy's own", "srpo 1x4 verifier", last, "srpo 1x4", last, difference, more),
@@ -214,8 +216,8 @@ def draw_diagnostics(named: Named, out: Path) -> None:
         panel.plot([s[0] for s in seen], [s[1] for s in seen], style, color=color, label=label)
 
     for name, color in (("srpo 1x4", "C2"), ("srpo 1x4 deepest", "C4"), ("rrpo 1x4", "C1")):
-        along(b, name, "localized_exact", f"{name}: exactly the first wrong thought", color)
-        along(b, name, "localized_clean", f"{name}: no error left in the prefix", color, style="--")
+        along(b, name, "localized_exact", name, color)
+        along(b, name, "localized_clean", None, color, style="--")
     along(c, "srpo 1x4", "pass_base", "base groups", "C0")
     along(c, "srpo 1x4", "pass_suffix_clean", "suffixes of a clean prefix", "C2")
     along(c, "srpo 1x4", "pass_suffix_erroneous", "suffixes of an erroneous prefix", "C3")
@@ -226,7 +228,7 @@ def draw_diagnostics(named: Named, out: Path) -> None:
         along(e, name, "reset_depth", name, color)
     for name, color in (("grpo", "C0"), ("srpo 1x4", "C2"), ("rrpo 1x4", "C1")):
         along(f, name, "entropy", name, color)
-    titles = ((b, "resets"), (c, "srpo 1x4: pass rate in training"), (d, "share of groups with variance"), (e, "reset depth, h* / H"), (f, "entropy of trained tokens, nats"))
+    titles = ((b, "resets at the first wrong thought (dashed: there or before)"), (c, "srpo 1x4: pass rate in training"), (d, "share of groups with variance"), (e, "reset depth, h* / H"), (f, "entropy of trained tokens, nats"))
     for panel, title in titles:
         panel.set(title=title, xlabel="step", ylim=(0, None if panel is f else 1))
         panel.legend(fontsize=7)
