@@ -403,14 +403,14 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
 
 def name_of(config: dict) -> str:
     """What tells a run apart from others of one study, without its seed: `srpo 1x4 verifier`."""
-    if config["method"] == "grpo":
-        return "grpo"
-    parts = [config["method"], f"{config['prefixes']}x{config['suffixes']}"]
-    parts += [config["localizer"]] if config["localizer"] not in ("self", "random") else []
-    parts += [config["seed_choice"]] if config["seed_choice"] != "first" else []
-    parts += ["fresh seeds"] if config["seed_source"] != "base" else []
-    parts += ["unmasked"] if not config.get("mask_prefix", True) else []
-    parts += ["response length"] if config.get("length", "trained") != "trained" else []
+    parts = [config["method"]]
+    if config["method"] != "grpo":
+        parts += [f"{config['prefixes']}x{config['suffixes']}"]
+        parts += [config["localizer"]] if config["localizer"] not in ("self", "random") else []
+        parts += [config["seed_choice"]] if config["seed_choice"] != "first" else []
+        parts += ["fresh seeds"] if config["seed_source"] != "base" else []
+        parts += ["unmasked"] if not config.get("mask_prefix", True) else []
+        parts += ["response length"] if config.get("length", "trained") != "trained" else []
     parts += ["clipped"] if config.get("clip") else []
     parts += [f"{config['updates']} updates"] if config.get("updates", 1) > 1 else []
     return " ".join(parts)
