@@ -228,7 +228,7 @@ def draw_diagnostics(named: Named, out: Path) -> None:
         along(e, name, "reset_depth", name, color)
     for name, color in (("grpo", "C0"), ("srpo 1x4", "C2"), ("rrpo 1x4", "C1")):
         along(f, name, "entropy", name, color)
-    titles = ((b, "resets at the first wrong thought (dashed: there or before)"), (c, "srpo 1x4: pass rate in training"), (d, "share of groups with variance"), (e, "reset depth, h* / H"), (f, "entropy of trained tokens, nats"))
+    titles = ((b, "h* is the first wrong thought (dashed: or before)"), (c, "srpo 1x4: pass rate in training"), (d, "share of groups with variance"), (e, "reset depth, h* / H"), (f, "entropy of trained tokens, nats"))
     for panel, title in titles:
         panel.set(title=title, xlabel="step", ylim=(0, None if panel is f else 1))
         panel.legend(fontsize=7)
