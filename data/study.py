@@ -48,7 +48,7 @@ STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
     "srpo 1x4 clipped 2 updates": "--method srpo --updates 2 --clip 0.2",  # with one update the ratio is 1: clipping would change nothing
     "grpo clipped 2 updates": "--method grpo --updates 2 --clip 0.2",
 }
-GRID = (2.5e-4, 5e-4, 1e-3)  # learning rates, the same for every method; the ablations of SRPO take SRPO's, divided by their updates for each buffer
+GRID = (2.5e-4, 5e-4, 1e-3)  # learning rates, the same for every method; ablations take their method's, divided by their updates for each buffer
 
 
 def command_study(args) -> None:
