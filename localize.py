@@ -20,7 +20,7 @@ Try it alone:  python localize.py        # the embedded policy reviews some of i
 import re
 
 from data.problems import DELIMITER, UserError, counters, last_boxed
-from rollout import TERSE, Request, Rollout, Task, encode_prompt
+from rollout import Request, Rollout, Task, encode_prompt, locate_token
 
 INSTRUCTION = """The solution below was written for the problem below. Its thoughts are numbered. {verdict}
 
@@ -50,8 +50,8 @@ def localization_prompt(task: Task, seed: Rollout, setting: dict = WRONG) -> lis
     Terse form: prompt + response + <locate>, on token ids as they were sampled. Otherwise the instruction above, through the chat
     template where the tokenizer has one. The reference answer is in none of them."""
     tokenizer = task.vocabulary.tokenizer
-    if TERSE in tokenizer.get_vocab():
-        return seed.prompt_ids + seed.token_ids + [tokenizer.convert_tokens_to_ids(TERSE)]
+    if (locate := locate_token(tokenizer)) is not None:
+        return seed.prompt_ids + seed.token_ids + [locate]
     return encode_prompt(tokenizer, review(task.problem.question, seed.thoughts(tokenizer), setting))
 
 

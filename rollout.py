@@ -35,8 +35,10 @@ from typing import Callable, Generator, Iterable
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 from data.problems import DELIMITER, Problem, UserError, counters, last_boxed
@@ -193,8 +195,6 @@ class Task:
         )  # fmt: skip
 
 
-TERSE = "<locate>"  # a policy with this token in its vocabulary was trained on bare questions, and reviews when it reads this token
-
 INSTRUCTION = f"""{{question}}
 
 Solve this step by step. Write {DELIMITER} at the end of each step of your reasoning. {{ending}}"""
@@ -205,9 +205,15 @@ ENDINGS = {  # by kind of problem
 }
 
 
+def locate_token(tokenizer) -> int | None:
+    """Id of <locate>, or None. A terse policy has this token: it was trained on bare questions, and reviews when it reads it."""
+    found = tokenizer.convert_tokens_to_ids("<locate>")  # (get_vocab() would take 0.1 s a prompt for a vocabulary of 50,000)
+    return None if found == tokenizer.unk_token_id else found
+
+
 def encode_question(tokenizer, problem: Problem) -> list[int]:
     """Prompt token ids x0 of a problem: its bare question for a terse policy, else with the thought-format instruction."""
-    if TERSE in tokenizer.get_vocab():
+    if locate_token(tokenizer) is not None:
         return tokenizer(problem.question)["input_ids"]
     ending = ENDINGS.get(problem.kind, "Put the final answer in \\boxed{}.")
     return encode_prompt(tokenizer, INSTRUCTION.format(question=problem.question, ending=ending))
@@ -441,6 +447,8 @@ class HFEngine(Engine):
     def __init__(self, model, tokenizer, max_rows: int = 512, device: torch.device | None = None):
         self.max_rows, self.copies = max_rows, device is not None
         self.model = copy.deepcopy(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32) if self.copies else model
+        if self.model.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation("grouped")
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.pad = tokenizer.pad_token_id
         self.share = (rank(), processes())
@@ -543,6 +551,21 @@ class RoomyLayer(DynamicLayer):
         self.room[0][:, :, n : n + new], self.room[1][:, :, n : n + new] = keys, values
         self.keys, self.values = (part[:, :, : n + new] for part in self.room)
         return self.keys, self.values
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """transformers' sdpa, but for one new token the query heads that share keys and values are rows of one query: theirs copies keys and
+    values for each head, over half the time of many rows. query [rows, heads, 1, size]; key, value [rows, KV heads, tokens, size]."""
+    rows, heads, length, size = query.shape
+    if length > 1 or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    return seen.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def draw(logits, temperature, top_p, u):

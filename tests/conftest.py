@@ -64,12 +64,16 @@ class Letters:
 
     chat_template = None
     added_tokens_decoder = {}
+    unk_token_id = None
 
     def __init__(self, pieces, eos=None):
         self.pieces, self.eos_token_id, self.pad_token_id = pieces, eos, 0
 
     def get_vocab(self):
         return {piece: i for i, piece in enumerate(self.pieces)}
+
+    def convert_tokens_to_ids(self, token):
+        return self.get_vocab().get(token)
 
     def decode(self, ids, **_):
         return "".join(self.pieces[i] for i in ids)

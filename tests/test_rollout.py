@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import Enumerable, Letters
 from data.problems import DELIMITER, counters
 from localize import by_random, by_verifier
 from loss import chosen_logps, collate
-from rollout import Engine, Request, Rollout, ThoughtTracker, Vocabulary, draw, grpo, resets, run_programs
+from rollout import Engine, HFEngine, Request, Rollout, ThoughtTracker, Vocabulary, draw, grpo, resets, run_programs
 
 
 def track(tokenizer, ids, max_thoughts=20, max_tokens_per_thought=99, max_tokens=999, prefix=(), prefix_ends=()):
@@ -246,6 +246,21 @@ def test_engine_log_probs_equal_the_trainers(policy, temperature):
     rollouts = [r for buffer in buffers for r in buffer]
     assert any(r.prefix_len for r in rollouts)
     logps, sampled = trainer_logps(policy.model, rollouts, temperature)
+    assert (logps - sampled).abs().max() < 1e-4
+
+
+def test_heads_that_share_keys_and_values(policy):
+    """Sampling attends by groups of heads, training as transformers does: the same log-probs, for prompts of unlike lengths."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**policy.model.config.to_dict() | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3})
+    model = LlamaForCausalLM(config).eval()
+    assert model.config._attn_implementation == "sdpa"
+    engine = HFEngine(model, policy.tokenizer)
+    assert model.config._attn_implementation == "grouped"
+    requests = [task.request("base", 4) for n in (3, 9) for task in policy.tasks(n, 2, max_thoughts=3, max_tokens_per_thought=8)]
+    rollouts = [r for group in engine.sample(requests) for r in group]
+    model.set_attn_implementation("sdpa")
+    logps, sampled = trainer_logps(model, rollouts)
     assert (logps - sampled).abs().max() < 1e-4
 
 

@@ -80,8 +80,10 @@ class Words:
     chat_template = None
     added_tokens_decoder = {}
 
-    def get_vocab(self):
-        return {}
+    unk_token_id = None
+
+    def convert_tokens_to_ids(self, token):
+        return None
 
     def __call__(self, text):
         return {"input_ids": [text]}
