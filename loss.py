@@ -6,8 +6,9 @@ N: all rollouts of the step, also those whose advantage is zero. A_i: reward nor
 of a base rollout; only the suffix tokens of a suffix rollout (the shared prefix is masked: it was not sampled for this group).
 
 Every token gets its weight A_i / (|T_i| N) before the first backward, so the gradient is the same for any micro-batch, padding, order or
-number of processes. Rollouts without weight are never run, and the language-model head runs only where a weight is not zero, in chunks
-whose logits are recomputed in the backward: the [tokens, vocabulary] logits of a step never exist at once.
+number of processes. Rollouts without weight are never run. What a group has in common, its prompt or reset state, is run once for all of
+its rollouts. The language-model head runs only where a weight is not zero, in chunks whose logits are recomputed in the backward: the
+[tokens, vocabulary] logits of a step never exist at once.
 
 Left out: KL to a reference model, and token-level or sequence-level importance ratios other than the clipped surrogate (`--clip`, the
 paper's ablation, with the sampler's log-probs as the old policy's).
@@ -20,6 +21,8 @@ from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from rollout import Rollout
 
@@ -61,49 +64,83 @@ def token_weights(rollout: Rollout, n_rollouts: int, mask_prefix: bool = True, l
 
 @dataclass
 class Batch:
-    """Padded rows. B rows of L tokens (prompt and response), M weighted tokens among them."""
+    """B rows, each a state and what follows it from its first weighted token on. S states: rows that agree so far share one, of W tokens at
+    most, padded on the left; L tokens follow at most, padded on the right; M of them have a weight."""
 
-    input_ids: torch.Tensor  # [B, L]
-    attention_mask: torch.Tensor  # [B, L] 1 on real tokens
-    position_ids: torch.Tensor  # [B, L]
+    states: torch.Tensor  # [S, W] token ids
+    states_mask: torch.Tensor  # [S, W] 1 on real tokens
+    state: torch.Tensor  # [B] -> its state
+    tokens: torch.Tensor  # [B, L] token ids
+    tokens_mask: torch.Tensor  # [B, L]
     where: torch.Tensor  # [B, L] bool: this token's weight is not zero
     weights: torch.Tensor  # [M] in row order
     old_logps: torch.Tensor  # [M] the sampler's
     in_prefix: torch.Tensor  # [M] bool: a token of the shared prefix (only without the prefix mask)
 
 
-def collate(rollouts: list[Rollout], weights: list[list[float]], pad_id: int, device="cpu", pad_left: bool = False) -> Batch:
-    """Rows of prompt + response, padded to the longest. `weights` as from `token_weights`, one list for each rollout."""
-    rows = [r.prompt_ids + r.token_ids for r in rollouts]
-    B, L = len(rows), max(map(len, rows))
-    input_ids = torch.full((B, L), pad_id)
-    mask = torch.zeros((B, L), dtype=torch.long)
+def first_weight(weights: list[float]) -> int:
+    """Tokens of the response before the first that has a weight; 0 where none has."""
+    return next((i for i, w in enumerate(weights) if w), 0)
+
+
+def collate(rollouts: list[Rollout], weights: list[list[float]], pad_id: int, device="cpu", extra: int = 0) -> Batch:
+    """Padded rows of these rollouts. `weights` as from `token_weights`, one list for each. extra: more padding, for tests."""
+    starts = [first_weight(w) for w in weights]
+    before = [tuple(r.prompt_ids + r.token_ids[:k]) for r, k in zip(rollouts, starts)]
+    states = list(dict.fromkeys(before))
+    B, W, L = len(rollouts), max(map(len, states)) + extra, max(len(r.token_ids) - k for r, k in zip(rollouts, starts)) + extra
+    ids, ids_mask = torch.full((len(states), W), pad_id), torch.zeros((len(states), W), dtype=torch.long)
+    for s, state in enumerate(states):
+        ids[s, W - len(state) :], ids_mask[s, W - len(state) :] = torch.tensor(state), 1
+    tokens, mask = torch.full((B, L), pad_id), torch.zeros((B, L), dtype=torch.long)
     padded = torch.zeros((3, B, L), dtype=torch.float64)  # weights, old log-probs, in the prefix
-    for b, (rollout, row, w) in enumerate(zip(rollouts, rows, weights)):
-        start = L - len(row) if pad_left else 0
-        input_ids[b, start : start + len(row)] = torch.tensor(row)
-        mask[b, start : start + len(row)] = 1
-        response = slice(start + len(rollout.prompt_ids), start + len(row))
-        padded[0, b, response] = torch.tensor(w, dtype=torch.float64)
-        padded[1, b, response] = torch.tensor(rollout.logps, dtype=torch.float64)
-        padded[2, b, response] = torch.arange(len(w), dtype=torch.float64).lt(rollout.prefix_len).double()
+    for b, (r, w, k) in enumerate(zip(rollouts, weights, starts)):
+        n = len(w) - k
+        tokens[b, :n], mask[b, :n] = torch.tensor(r.token_ids[k:]), 1
+        padded[:, b, :n] = torch.tensor([w[k:], r.logps[k:], [t < r.prefix_len for t in range(k, len(w))]], dtype=torch.float64)
     where = padded[0] != 0
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     flat = padded[:, where]
-    return Batch(
-        input_ids.to(device), mask.to(device), position_ids.to(device), where.to(device),
-        flat[0].float().to(device), flat[1].float().to(device), flat[2].bool().to(device),
-    )  # fmt: skip
+    parts = ids, ids_mask, torch.tensor([states.index(state) for state in before]), tokens, mask, where, flat[0].float(), flat[1].float(), flat[2].bool()
+    return Batch(*(part.to(device) for part in parts))
+
+
+class StateLayer(DynamicLayer):
+    """Keys and values of the states in one layer: written by the run over the states; read, and not written, by the run over the rows that
+    follow them. (transformers' own would grow when a layer is run again in the backward, with --grad_checkpointing.)"""
+
+    def __init__(self, written=None, state=None):
+        super().__init__()
+        self.state = state  # [B], of the rows that read
+        if written:
+            self.keys, self.values, self.is_initialized = written.keys, written.values, True
+
+    def update(self, keys, values, *args, **kwargs):
+        if self.state is None:
+            self.keys, self.values, self.is_initialized = keys, values, True
+            return keys, values
+        return torch.cat([self.keys[self.state], keys], -2), torch.cat([self.values[self.state], values], -2)
 
 
 def chosen_logps(model, batch: Batch, temperature: float, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs [M], entropies [M], without gradient) of the tokens in `batch.where`, at the sampling temperature, in nats.
 
-    The body of the model runs on whole rows; its head only on the positions before those tokens, `chunk` at a time."""
-    out = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-    before = batch.where[:, 1:]  # the position before token t predicts it
-    hidden = out.last_hidden_state[:, :-1][before]  # [M, D]
-    targets = batch.input_ids[:, 1:][before]  # [M]
+    The body of the model runs once on each state, and on the tokens of each row with the state's keys and values before them, through
+    which the gradient goes back to it. The head runs only on the positions before weighted tokens, `chunk` at a time."""
+    state, W = batch.state, batch.states.shape[1]
+    mask = torch.cat([batch.states_mask[state], batch.tokens_mask], 1)  # [B, W + L]
+    place = lambda mask: (mask.cumsum(1) - 1).clamp(min=0)  # noqa: E731  (position ids)
+    layers = DynamicCache(config=model.config).layers
+    if all(isinstance(layer, DynamicLayer) for layer in layers):
+        written = [StateLayer() for _ in layers]
+        first = model.base_model(input_ids=batch.states, attention_mask=batch.states_mask, position_ids=place(batch.states_mask), past_key_values=Cache(written))
+        read = [StateLayer(layer, state) for layer in written]
+        rest = model.base_model(input_ids=batch.tokens, attention_mask=mask, position_ids=place(mask)[:, W:], past_key_values=Cache(read))
+        hidden = torch.cat([first.last_hidden_state[state, -1:], rest.last_hidden_state[:, :-1]], 1)
+    else:  # a layer keeps something else than keys and values: whole rows
+        ids = torch.cat([batch.states[state], batch.tokens], 1)
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=place(mask), use_cache=False).last_hidden_state[:, W - 1 : -1]
+    hidden = hidden[batch.where]  # [M, D], at the position before each token: it predicts it
+    targets = batch.tokens[batch.where]  # [M]
     head = model.get_output_embeddings()
 
     def score(h, y):
@@ -126,16 +163,18 @@ def surrogate(logps: torch.Tensor, batch: Batch, clip: float) -> torch.Tensor:
 def backward(model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu", rank: int = 0, ranks: int = 1) -> dict[str, float]:
     """Adds the gradient of L over `rollouts` (part of a step of n_rollouts) to the model's parameters, micro-batch by micro-batch.
 
-    With several processes each takes every ranks-th row; their gradients are to be summed, not averaged. All of them run the same number
+    With several processes each takes its part of the rows; their gradients are to be summed, not averaged. All of them run the same number
     of forwards (a process that a last micro-batch leaves without a row runs one that weighs nothing), as sharded parameters need.
     Uses cfg.temperature, mask_prefix, length, clip, micro_batch, chunk. Returns sums over this process's trained tokens: loss, tokens, entropy
     (nats), gap = |sampler - trainer log-prob| on suffix and base tokens, gap_prefix on prefix tokens (prefix_tokens of them), gap_max."""
     weighted = [(r, token_weights(r, n_rollouts, cfg.mask_prefix, cfg.length)) for r in rollouts if r.advantage != 0]
-    weighted.sort(key=lambda item: len(item[0].prompt_ids) + len(item[0].token_ids))  # little padding; the sum does not depend on it
+    weighted.sort(key=lambda item: (len(item[0].prompt_ids) + first_weight(item[1]), item[0].group))  # states together, little padding; the sum does not depend on it
     sums = dict.fromkeys(("loss", "tokens", "entropy", "gap", "gap_prefix", "prefix_tokens", "gap_max"), 0.0)
     score = getattr(model, "chosen_logps", None) or partial(chosen_logps, model)  # the method of a sharded model gathers its parameters
     for at in range(0, len(weighted), cfg.micro_batch * ranks):
-        part = weighted[at : at + cfg.micro_batch * ranks][rank::ranks] or [(weighted[at][0], [0.0] * len(weighted[at][1]))]
+        block = weighted[at : at + cfg.micro_batch * ranks]
+        each = -(-len(block) // ranks)
+        part = block[rank * each : (rank + 1) * each] or [(block[0][0], [0.0] * len(block[0][1]))]
         batch = collate([r for r, _ in part], [w for _, w in part], pad_id, device)
         logps, entropy = score(batch, cfg.temperature, cfg.chunk)
         loss = surrogate(logps, batch, cfg.clip)

@@ -1,8 +1,12 @@
 """The loss: advantages and weights by hand, expected gradients by enumeration, and gradients that do not depend on how they are computed."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from conftest import Enumerable, settings
 from loss import Batch, backward, chosen_logps, collate, grouped, set_advantages, surrogate, token_weights
@@ -198,21 +202,29 @@ def test_gradient_is_the_sum_over_processes(policy, step, reference, ranks, micr
         assert sum(s[key] for s in sums) == pytest.approx(alone[key], abs=1e-4, rel=1e-4)
 
 
-@pytest.mark.parametrize("pad_left, extra", [(True, 0), (False, 9), (True, 9)])
-def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_left, extra):
+@pytest.mark.parametrize("pad_id, extra", [(0, 1), (3, 9)])
+def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, extra):
     def padded():
-        batch = collate(step, [token_weights(r, len(step)) for r in step], 0, pad_left=pad_left)
-        if extra:
-            pad = lambda x, value: torch.nn.functional.pad(x, (extra, 0) if pad_left else (0, extra), value=value)  # noqa: E731
-            batch = Batch(pad(batch.input_ids, 3), pad(batch.attention_mask, 0), pad(batch.position_ids, 0), pad(batch.where, False),
-                          batch.weights, batch.old_logps, batch.in_prefix)  # fmt: skip
+        batch = collate(step, [token_weights(r, len(step)) for r in step], pad_id, extra=extra)
         surrogate(chosen_logps(policy.model, batch, 1.0)[0], batch, clip=0).backward()
 
     assert (gradients(policy, padded) - reference).abs().max() < 1e-5
 
 
+def test_shared_states_give_the_gradient_of_whole_rows(policy, step, reference, monkeypatch):
+    """... which are what runs where a layer keeps something else than keys and values. Also where layers are run again in the backward."""
+    compute = lambda: gradients(policy, lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=7)))  # noqa: E731
+    with monkeypatch.context() as patch:
+        for layer in policy.model.base_model.layers:
+            patch.setattr(layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
+        assert (compute() - reference).abs().max() < 1e-5
+    monkeypatch.setattr("loss.DynamicCache", lambda config: SimpleNamespace(layers=["of another kind"]))
+    assert (compute() - reference).abs().max() < 1e-5
+
+
 def test_the_head_runs_only_where_there_is_weight(policy, step):
-    """Never on prompt or masked prefix tokens, never on more than a chunk at once, and rollouts without advantage are not run."""
+    """Never on prompt or masked prefix tokens, never on more than a chunk at once; rollouts without advantage are not run, and what a
+    group has in common is run once (twice where micro-batches part it)."""
     rows, bodies = [], []
     handles = [
         policy.model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0]))),
@@ -229,12 +241,14 @@ def test_the_head_runs_only_where_there_is_weight(policy, step):
     weighted = sum(len(r.token_ids) - r.prefix_len for r in step[20:])
     assert sums["tokens"] == weighted
     assert sum(rows) == 2 * weighted and max(rows) <= 32  # forward, and once more in the backward
-    assert sum(bodies) == len(step) - 20
+    states, own = bodies[::2], bodies[1::2]
+    assert sum(own) == len(step) - 20
+    assert sum(states) <= len({r.group for r in step[20:]}) + len(states)
 
 
 def test_clipped_surrogate():
     """On policy it has REINFORCE's gradient; off policy it is flat where the ratio has already moved enough."""
-    batch = Batch(*[torch.zeros(1)] * 4, weights=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]), old_logps=torch.full((5,), -1.0), in_prefix=torch.zeros(5))
+    batch = Batch(*[torch.zeros(1)] * 6, weights=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]), old_logps=torch.full((5,), -1.0), in_prefix=torch.zeros(5))
     new = torch.tensor([-1.0, -0.5, -0.5, -1.5, -1.5], requires_grad=True)  # ratios 1, 1.65, 1.65, 0.61, 0.61
     surrogate(new, batch, clip=0.2).backward()
     ratio = (new - batch.old_logps).exp().detach()
