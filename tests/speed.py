@@ -1,4 +1,5 @@
-"""Tokens per second of the engines, beside transformers' own generate. Not a test: machines and their neighbours differ, so read the ratios.
+"""Tokens per second of the engines, beside transformers' own generate, and of a step's gradient, beside one that shares no states. Not a
+test: machines and their neighbours differ, so read the ratios.
 
     python tests/speed.py --repeats 5                                            # the embedded policy
     python tests/speed.py --layers 8 --problems 16 --samples 4 --repeats 3       # a policy with random weights
@@ -9,7 +10,10 @@ import copy
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,11 +24,14 @@ sys.path.insert(0, str(ROOT))
 
 from data.problems import DELIMITER, load_problems  # noqa: E402
 from eval import make_tasks  # noqa: E402
+from loss import backward, set_advantages  # noqa: E402
 from rollout import HFEngine, load_policy, make_engine, resets, run_programs  # noqa: E402
+from srpo import parse  # noqa: E402
 
 
 def speed(args) -> None:
     """Generated tokens per second of the engines and of transformers' generate: same prompts, same stops (of the embedded policy), in turns.
+    Trained tokens per second of the gradient of a step of SRPO, whose prompts and reset states are run once for a group, or for each row.
     With vLLM also: a step of SRPO with and without a barrier between its phases, and the time of a weight sync."""
     with tempfile.TemporaryDirectory() as folder:
         if args.layers:
@@ -50,6 +57,7 @@ def speed(args) -> None:
         return sum(r.generated for r in rollouts)
 
     def generate():
+        model.set_attn_implementation("sdpa")  # as transformers has it; an HFEngine sets its own
         out = model.generate(ids, attention_mask=mask, max_new_tokens=longest, **sampling)
         return int((out[:, width:] != tokenizer.pad_token_id).sum())
 
@@ -60,7 +68,18 @@ def speed(args) -> None:
             engine.llm.reset_prefix_cache()
         return sum(r.generated for r in run_programs([resets(t) for t in tasks], engine)[1])
 
-    contenders = {"hf engine": lambda: sample(HFEngine(model, tokenizer)), "generate": generate}
+    def gradient(rows):
+        model.zero_grad()
+        with patch("loss.DynamicCache", lambda config: SimpleNamespace(layers=["not shared"])) if rows == "whole" else nullcontext():
+            return backward(model, buffer, len(buffer), tokenizer.pad_token_id, parse(["--micro_batch", "16"]))["tokens"]
+
+    hf = HFEngine(model, tokenizer)
+    buffer = [r for group in run_programs([resets(t) for t in tasks], hf)[0] for r in group]
+    for i, rollout in enumerate(buffer):
+        rollout.reward = i % 2  # every group has variance
+    set_advantages(buffer)
+    contenders = {"hf engine": lambda: sample(HFEngine(model, tokenizer)), "generate": generate,
+                  "gradient of a srpo step": lambda: gradient("shared"), "gradient, states not shared": lambda: gradient("whole")}  # fmt: skip
     if engine.name == "vllm":
         barrier = copy.copy(engine)
         barrier.finished = lambda: [answer for _ in iter(lambda: bool(engine.under_way), False) for answer in engine.finished()]
@@ -84,7 +103,7 @@ def speed(args) -> None:
           f"medians of {args.repeats} in turns")  # fmt: skip
     for name in contenders:
         print(f"{name}: {np.median(speeds[name]):.0f} tokens/s")
-    print(ratio("hf engine", "generate"))
+    print(f"{ratio('hf engine', 'generate')}\n{ratio('gradient of a srpo step', 'gradient, states not shared')}")
     if engine.name == "vllm":
         print(f"{ratio('vllm engine', 'hf engine')}\n{ratio('srpo step', 'srpo step, with barriers')}\nweight sync: {1000 * np.median(syncs):.0f} ms")
 
