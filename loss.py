@@ -118,7 +118,8 @@ class StateLayer(DynamicLayer):
         if self.state is None:
             self.keys, self.values, self.is_initialized = keys, values, True
             return keys, values
-        return torch.cat([self.keys[self.state], keys], -2), torch.cat([self.values[self.state], values], -2)
+        of_rows = lambda part: part.index_select(0, self.state)  # noqa: E731  (on a CPU the backward of part[state] adds in any order)
+        return torch.cat([of_rows(self.keys), keys], -2), torch.cat([of_rows(self.values), values], -2)
 
 
 def chosen_logps(model, batch: Batch, temperature: float, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +136,7 @@ def chosen_logps(model, batch: Batch, temperature: float, chunk: int = 4096) -> 
         first = model.base_model(input_ids=batch.states, attention_mask=batch.states_mask, position_ids=place(batch.states_mask), past_key_values=Cache(written))
         read = [StateLayer(layer, state) for layer in written]
         rest = model.base_model(input_ids=batch.tokens, attention_mask=mask, position_ids=place(mask)[:, W:], past_key_values=Cache(read))
-        hidden = torch.cat([first.last_hidden_state[state, -1:], rest.last_hidden_state[:, :-1]], 1)
+        hidden = torch.cat([first.last_hidden_state[:, -1:].index_select(0, state), rest.last_hidden_state[:, :-1]], 1)
     else:  # a layer keeps something else than keys and values: whole rows
         ids = torch.cat([batch.states[state], batch.tokens], 1)
         hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=place(mask), use_cache=False).last_hidden_state[:, W - 1 : -1]
