@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,9 @@ from localize import LOCALIZERS  # noqa: E402
 from rollout import HFEngine, Rollout, Task, Vocabulary, encode_question, load_policy  # noqa: E402
 
 POLICY = ROOT / "data" / "policy"
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of what the tests start; here too: for models this small two threads mostly wait for each other, and beside other work that takes ten times as long
+torch.set_num_threads(1)
 
 
 def settings(**changed):

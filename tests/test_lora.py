@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import srpo
 from conftest import POLICY, ROOT
 from rollout import load_policy
-from test_processes import TORCHRUN, distance, environment, weights
+from test_processes import TORCHRUN, distance, weights
 from test_run import TINY, lines_of
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
@@ -69,7 +69,7 @@ def test_resume_is_exact(tmp_path, adapted):
 
 def test_two_processes_are_one(tmp_path, adapted):
     out = tmp_path / "two"
-    done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *FLAGS, "--steps", "3", "--out_dir", out], capture_output=True, text=True, timeout=200, env=environment())
+    done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *FLAGS, "--steps", "3", "--out_dir", out], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-6000:]
     assert lines_of(out / "rollouts.jsonl") == lines_of(adapted / "rollouts.jsonl")
     assert distance(weights(out, 3), weights(adapted, 3)) < 1e-4

@@ -202,6 +202,17 @@ def test_gradient_is_the_sum_over_processes(policy, step, reference, ranks, micr
         assert sum(s[key] for s in sums) == pytest.approx(alone[key], abs=1e-4, rel=1e-4)
 
 
+def test_gradient_has_the_same_bits_each_time_with_two_threads(policy, step):
+    """... of which each adds up its own part, also of what rows of one state send back to it."""
+    torch.set_num_threads(2)
+    try:
+        compute = lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=1000))  # noqa: E731
+        first, *others = [gradients(policy, compute) for _ in range(3)]
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(first, other) for other in others)
+
+
 @pytest.mark.parametrize("pad_id, extra", [(0, 1), (3, 9)])
 def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, extra):
     def padded():

@@ -34,10 +34,6 @@ METHODS = {
 }
 
 
-def environment(**more):
-    return os.environ | {"OMP_NUM_THREADS": "1"} | more
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Every method in one process, and in two: folder with METHOD-1 and METHOD-2."""
@@ -45,7 +41,7 @@ def runs(tmp_path_factory):
     jobs = {n: [[*SMALL, *flags.split(), "--out_dir", f"{folder}/{name}-{n}"] for name, flags in METHODS.items()] for n in (1, 2)}
     script = folder / "jobs.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport srpo\nfor job in {jobs[2]!r}:\n    srpo.train(srpo.parse(job))\n")
-    done = subprocess.run([*TORCHRUN, script], capture_output=True, text=True, timeout=200, env=environment())
+    done = subprocess.run([*TORCHRUN, script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-6000:]
     for job in jobs[1]:
         srpo.main(job)
@@ -83,7 +79,7 @@ def test_a_checkpoint_resumes_in_another_number_of_processes(tmp_path, runs, fir
     def run(n, *flags):
         if n == 1:
             return srpo.main([str(flag) for flag in flags])
-        done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=200, env=environment())
+        done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-6000:]
 
     run(first, *SMALL, "--steps", "2", "--out_dir", out)
@@ -94,7 +90,7 @@ def test_a_checkpoint_resumes_in_another_number_of_processes(tmp_path, runs, fir
 
 def test_a_dead_process_ends_the_job(tmp_path):
     process = subprocess.Popen([*TORCHRUN, ROOT / "srpo.py", *SMALL, "--steps", "1000", "--out_dir", tmp_path / "run"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())  # fmt: skip
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
         assert process.poll() is None
@@ -113,7 +109,7 @@ def test_a_dead_process_ends_the_job(tmp_path):
 def test_ctrl_c_saves_in_every_process(tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen([*TORCHRUN, ROOT / "srpo.py", *SMALL, "--steps", "1000", "--save_every", "500", "--out_dir", out],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     while not (out / "metrics.jsonl").exists() or len(lines_of(out / "metrics.jsonl")) < 2:
         assert process.poll() is None
         time.sleep(0.05)
@@ -130,7 +126,7 @@ def test_ctrl_c_saves_in_every_process(tmp_path):
 )
 def test_bad_input_is_said_once(tmp_path, flags, complaint):
     flags = [*SMALL, "--out_dir", tmp_path / "run", *flags.split()]
-    done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=100, env=environment())
+    done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=100)
     said = [line for line in done.stderr.splitlines() if line.startswith("srpo.py: ")]
     assert done.returncode != 0 and len(said) == 1 and complaint in said[0] and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in done.stderr
 

@@ -1,7 +1,6 @@
 """srpo.py as a user runs it: every method and split, same seed same run, kill and resume, and input that is wrong."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,8 +19,8 @@ from rollout import Rollout, run_programs
 TINY = "--engine hf --steps 2 --prompts_per_step 6 --train_data chain-5 --eval_data chain-5 --eval_problems 8 --eval_samples 1 --save_every 1 --rollouts_every 1".split()
 
 
-def run(*args, **kwargs):
-    return subprocess.run([sys.executable, str(ROOT / "srpo.py"), *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
+def run(*args):
+    return subprocess.run([sys.executable, str(ROOT / "srpo.py"), *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
 def run_here(*args):
@@ -89,7 +88,7 @@ def same_run(out, uninterrupted):
 
 
 def test_same_seed_same_run_and_other_seed_other_run(tmp_path, uninterrupted):
-    assert run(*LONGER, "--out_dir", tmp_path / "again").returncode == 0
+    run_here(*LONGER, "--out_dir", tmp_path / "again")  # the other one ran in a process of its own
     same_run(tmp_path / "again", uninterrupted)
     run_here(*LONGER, "--seed", "4", "--out_dir", tmp_path / "other")
     assert weights(tmp_path / "other", 5) != weights(uninterrupted, 5)
@@ -276,11 +275,12 @@ def test_exit_code_of_the_real_command(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("srpo.py: ") and not (tmp_path / "out").exists()
 
 
-def test_help_explains_every_setting():
-    done = run("--help", env=os.environ | {"COLUMNS": "220"})
-    assert done.returncode == 0
-    for name in srpo.Config.__dataclass_fields__:
-        assert f"--{name}" in done.stdout
+def test_help_explains_every_setting(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    with pytest.raises(SystemExit, match="0"):
+        run_here("--help")
+    said = capsys.readouterr().out
+    assert all(f"--{name}" in said for name in srpo.Config.__dataclass_fields__)
 
 
 def test_training_learns(tmp_path, capsys):
