@@ -8,7 +8,8 @@
 
 Half of the problems are stories like this one, half are bare sums. They are for policies that read English: `data/warm_start.py` makes one.
 
-A thought is wrong if it says `= c` for a number c that is not on the path of true values (14, 23, 18), or boxes another answer; so every
+A thought is right if what it says is the next of the true values (14, 23, 18), or the equation of another one from there on (it may say one
+again, or take two steps); a later value that it hits by a wrong equation (14 + 4 = 18) is wrong, as is another answer in the box. So every
 response that ends wrong has a first wrong thought. Left out: true equations off that path (5 + 9 = 14, say), which count as wrong.
 
 Try it alone:  python -m data.english        # one problem of each form, with its thoughts, and a review of a wrong solution
@@ -78,9 +79,10 @@ class English:
         path, at, judged = [str(value) for value in self.values], 0, []
         for h, thought in enumerate(thoughts, 1):
             should, says, right, boxed = "no number is needed", "none", True, last_boxed(thought)
-            for says in said(thought):
-                right = says in path[at:]
-                at = path.index(says, at) if right else min(at + 1, len(path) - 1)
+            for equation, says in said(thought):
+                places = [k for k in range(at, len(path)) if path[k] == says and (k == at + 1 or equation in ("", *self.sides(k)))]
+                right = bool(places)
+                at = places[0] if right else min(at + 1, len(path) - 1)
                 should = self.equations[max(at, 1) - 1]
                 if not right:
                     break
@@ -90,6 +92,13 @@ class English:
             if not right:
                 break
         return judged
+
+    def sides(self, k: int) -> list[str]:
+        """What may stand before the `=` of true value k, as `said` writes it: 14+9, 9+14."""
+        if k == 0:
+            return []
+        a, (operator, b) = self.values[k - 1], self.operations[k - 1]
+        return [f"{a}{operator}{b}"] + [f"{b}{operator}{a}"] * (operator in "+*")
 
     def check_steps(self, thoughts: list[str]) -> int | None:
         """1-based index of the first wrong thought; None where all are right and the last one boxes the answer."""
@@ -105,13 +114,14 @@ class English:
         return Problem(index, self.question, str(self.values[-1]), "integer", self.check_steps)
 
 
-def said(thought: str) -> list[str]:
-    """The numbers that a thought says something is equal to.
+def said(thought: str) -> list[tuple[str, str]]:
+    """(a plain `a + b` that stands before it or "", the number) for each number that a thought says something is equal to.
 
-    >>> said("so 14 + 9 = 23. Then 23 - 5 = $1,018.50.")
-    ['23', '1018.50']
+    >>> said("so 14 + 9 = 23. Then 23 - 5 - 1 = $1,018.50.")
+    [('14+9', '23'), ('', '1018.50')]
     """
-    return [number.replace(",", "") for number in re.findall(r"=\s*\\?\$?\s*(-?\d+(?:,\d{3})*(?:\.\d+)?)", thought.replace(DELIMITER, ""))]
+    found = re.findall(r"(?:([-+*/]\s*)?(\d+)\s*([-+*/])\s*(\d+)\s*)?=\s*\\?\$?\s*(-?\d+(?:,\d{3})*(?:\.\d+)?)", thought.replace(DELIMITER, ""))
+    return [("" if longer else a + operator + b, number.replace(",", "")) for longer, a, operator, b, number in found]
 
 
 def draw(rng: np.random.Generator, low: int, high: int) -> English:

@@ -101,6 +101,10 @@ def test_a_wrong_answer_has_a_first_wrong_thought_and_its_review_names_it():
         (["14 + 9 = 23", "again: 14 + 9 = 23", "23 - 5 = 18", "18 * 2 = 36", r"\boxed{36}"], None),  # said twice
         (["14 + 9 = 23", "23 + 5 = 28", "28 * 2 = 56", r"\boxed{56}"], 2),  # a true equation, the wrong operation
         (["14 + 9 = 23", "23 - 5 = 18", "18 * 2 = 36", r"\boxed{35}"], 4),
+        (["14 + 4 = 18", "18 * 2 = 36", r"\boxed{36}"], 1),  # a later value by chance
+        (["14 + 9 = 23", "23 - 5 = 23", "23 * 2 = 46", r"\boxed{46}"], 2),  # the same value again, by another equation
+        (["14 + 9 = 23", "9 + 14 = 23", "14 + 9 - 5 = 18", "2 * 18 = 36", r"\boxed{36}"], None),  # the other way round; two operations at once
+        (["14 + 9 - 5 = 18", "18 * 2 = 36", r"\boxed{36}"], None),
         (["14 + 9 = 23", "23 - 5 = 18"], 2),  # it stops without an answer
         (["14 + 9 = 23.5", r"\boxed{36}"], 1),
         (["<|im_end|>"], 1),
@@ -113,7 +117,8 @@ def test_first_wrong_thought(thoughts, first_wrong):
 
 
 def test_numbers_that_are_said():
-    assert said("x = 3, then 4 + 5 = $1,200.50. and = -7; 8 is no result") == ["3", "1200.50", "-7"]
+    assert said("x = 3, then 4 + 5 = $1,200.50. and = -7; 8 is no result") == [("", "3"), ("4+5", "1200.50"), ("", "-7")]
+    assert said("14+ 9 =23; 1 * 14 + 9 = 23. 23 -5= 18") == [("14+9", "23"), ("", "23"), ("23-5", "18")]
 
 
 def test_problems_are_a_function_of_the_seed(tmp_path):
