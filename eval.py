@@ -430,8 +430,11 @@ def by_name(runs: list[Path]) -> Named:
 
 
 def interval(values, statistic=lambda x: x.mean(0), resamples: int = 4000) -> tuple[float, float, float]:
-    """(statistic, 2.5% and 97.5% of its bootstrap) over the first axis of `values`: seeds, with everything that is paired by seed in a row."""
+    """(statistic, 2.5% and 97.5% of its bootstrap) over the first axis of `values`: seeds, with everything that is paired by seed in a row.
+    The bounds are nan for one seed, which says nothing about others."""
     values = np.asarray(values, float)
+    if len(values) == 1:
+        return statistic(values), np.nan, np.nan
     picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     drawn = np.array([statistic(values[pick]) for pick in picks])
     return (statistic(values), *np.percentile(drawn, (2.5, 97.5), axis=0))

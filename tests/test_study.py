@@ -71,7 +71,9 @@ def test_study_trains_goes_on_and_concludes(tmp_path, capsys):
     evaluation.main([*common, "--seeds", "1"])
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.log")}
     text = (tmp_path / "study.md").read_text()
-    assert "| SRPO ends above GRPO |" in text and "| per step | seconds |" in text
+    assert "| per step | seconds |" in text
+    (claim,) = [row for row in text.splitlines() if row.startswith("| SRPO ends above GRPO |")]
+    assert claim.endswith("(nan to nan) | unclear |")  # one seed cannot tell
     assert (tmp_path / "study.png").stat().st_size > 10_000 and (tmp_path / "ablations.png").stat().st_size > 10_000
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("grpo-0", "srpo-1x4-0")]
     assert [c["method"] for c in configs] == ["grpo", "srpo"] and all(c["lr"] == 0.001 and c["steps"] == 2 and c["max_thoughts"] == 3 for c in configs)
