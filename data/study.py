@@ -105,6 +105,8 @@ def measure(args, model, folder: Path, seed: int) -> list[str]:
 def run_jobs(jobs: list[tuple[Path, list[list[str]]]], side_by_side: int, name: str) -> None:
     """Runs the commands of the jobs that are not finished. What they print is in FOLDER.log. Raises UserError for the first that fails."""
     todo = [(folder, commands) for folder, commands in jobs if not (folder / "benchmark" / "results.json").exists()]
+    if not todo:
+        return
 
     def run(folder: Path, commands: list[list[str]]) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
