@@ -25,7 +25,6 @@ TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--np
 # 7 prompts and micro-batches of 3 rows divide by 2 nowhere
 SMALL = "--engine hf --prompts_per_step 7 --micro_batch 3 --train_data chain-5 --eval_data chain-5 --eval_problems 9 --eval_samples 2 --save_every 1".split()
 METHODS = {
-    "grpo": "--method grpo --steps 2",
     "rrpo": "--method rrpo --steps 2",
     "srpo": "--steps 3",
     "fresh": "--split 2x4 --seed_source fresh --localizer verifier --mask_prefix false --clip 0.2 --updates 2 --steps 2",
