@@ -25,10 +25,12 @@ TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--np
 # 5 prompts and micro-batches of 3 rows divide by 2 nowhere
 SMALL = "--engine hf --prompts_per_step 5 --micro_batch 3 --train_data chain-4 --eval_data chain-4 --eval_problems 9 --eval_samples 2 --save_every 1".split()
 METHODS = {
-    "rrpo": "--method rrpo --grad_checkpointing true --steps 2",
+    "grpo": "--method grpo --steps 2",
+    "rrpo": "--method rrpo --steps 2",
     "srpo": "--steps 3",
     "fresh": "--split 2x4 --seed_source fresh --localizer verifier --mask_prefix false --clip 0.2 --updates 2 --steps 2",
     "one_prompt": "--prompts_per_step 1 --steps 3 --localizer oracle --oracle_samples 2",  # the second process has nothing to sample
+    "checkpointing": "--grad_checkpointing true --steps 2",
 }
 
 

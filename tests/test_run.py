@@ -285,7 +285,7 @@ def test_help_explains_every_setting(capsys, monkeypatch):
 
 def test_training_learns(tmp_path, capsys):
     """Sixteen steps on an easier chain lift the held-out pass rate well beyond chance."""
-    srpo.main("--engine hf --train_data chain-4 --eval_data chain-4 --steps 16 --lr 1e-3 --eval_problems 64 --eval_samples 4 --eval_every 0 --rollouts_every 0 --out_dir".split() + [str(tmp_path / "run")])
+    srpo.main("--engine hf --train_data chain-4 --eval_data chain-4 --steps 16 --lr 1e-3 --eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0 --out_dir".split() + [str(tmp_path / "run")])
     before, *_, after = lines_of(Path(tmp_path) / "run" / "metrics.jsonl")
     assert after["eval_pass_rate"] > before["eval_pass_rate"] + 0.1
 
