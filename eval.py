@@ -6,7 +6,6 @@
     python eval.py benchmark --compare A/results.json B/results.json  # paired difference of two policies
     python eval.py curves RUN_DIR [RUN_DIR...] --out curves.png       # learning curves, results, costs; runs that differ only in their seed are one
     python eval.py report RUN_DIR [RUN_DIR...] --out report.html      # one page: curves, metrics by phase, and the tree of every problem
-    python eval.py study | signal | anatomy                           # the paper's claims, and gradients (data/study.py)
 
 Left out: judge models, and statistics over more than seeds or problems.
 """
@@ -24,16 +23,39 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from data.problems import GENERATED, UserError, counters, last_boxed, load_problems, sandbox_or_refusal
-from localize import UNKNOWN, WRONG, by_oracle, by_self, by_verifier, fallback, parse_localization, review, reviewed
-from rollout import Request, Task, connect, encode_prompt, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
+from data.curves import by_name, cost_table, draw_curves, results_table
+from data.faults import UserError, counters
+from data.parallel import connect, gather, processes, rank
+from data.tasks import GENERATED, load_problems
+from data.verifiers import last_boxed, sandbox_or_refusal
+from localize import (
+    UNKNOWN,
+    WRONG,
+    by_oracle,
+    by_self,
+    by_verifier,
+    fallback,
+    parse_localization,
+    review,
+    reviewed,
+)
+from rollout import (
+    Request,
+    Task,
+    encode_prompt,
+    encode_question,
+    load_policy,
+    make_engine,
+    run_programs,
+)
 
 # ------------------------------------------------------------------------------------------------------------------ pass rate
 
 
 def evaluate(tasks: list[Task], engine, samples: int) -> dict:
     """Samples `samples` responses of each task: {"pass_rate", "rewards" [tasks, samples], "groups", "tokens", "finish"}."""
-    groups, generated, _ = run_programs([all_of(task, samples) for task in tasks], engine)
+    sampled = run_programs([all_of(task, samples) for task in tasks], engine)
+    groups, generated = sampled.results, sampled.generated
     rewards = np.array([[r.reward for r in group] for group in groups])
     return {
         "pass_rate": float((rewards >= tasks[0].cfg.correct).mean()),
@@ -64,7 +86,16 @@ def make_tasks(problems, tokenizer, engine, context: int, seed: int = 0, **setti
                  localize_fallback="skip")  # fmt: skip
     cfg = SimpleNamespace(**(usual | settings))
     return [
-        Task(p, encode_question(tokenizer, p), slot, cfg, engine.vocabulary, by_self, np.random.default_rng([seed, slot]), context)
+        Task(
+            p,
+            encode_question(tokenizer, p),
+            slot,
+            cfg,
+            engine.vocabulary,
+            by_self,
+            np.random.default_rng([seed, slot]),
+            context,
+        )
         for slot, p in enumerate(problems)
     ]
 
@@ -74,12 +105,27 @@ def open_policy(args):
     device, _ = connect()
     model, tokenizer = load_policy(args.model)
     context = model.config.get_text_config().max_position_embeddings
-    return tokenizer, make_engine(args.engine, args.model, model, tokenizer, context, args.max_rows, device=device if device.type == "cuda" else None), context
+    return (
+        tokenizer,
+        make_engine(
+            args.engine,
+            args.model,
+            model,
+            tokenizer,
+            context,
+            args.max_rows,
+            device=device if device.type == "cuda" else None,
+        ),
+        context,
+    )
 
 
 def limits(args) -> dict:
     """Settings of `make_tasks` that say how long responses and reviews may get."""
-    return {key: getattr(args, key) for key in ("max_thoughts", "max_tokens_per_thought", "localize_tokens")}
+    return {
+        key: getattr(args, key)
+        for key in ("max_thoughts", "max_tokens_per_thought", "localize_tokens")
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------- benchmarks
@@ -93,16 +139,44 @@ def command_benchmark(args) -> None:
     if args.compare:
         return compare(*args.compare)
     if not args.data:
-        raise UserError(f"benchmark needs --data FILE [FILE...] (JSON lines, or {GENERATED}), or --compare A.json B.json")
+        raise UserError(
+            f"benchmark needs --data FILE [FILE...] (JSON lines, or {GENERATED}), or --compare A.json B.json"
+        )
     if args.samples < 1 or args.temperature < 0 or args.samples > 1 and args.temperature == 0:
-        raise UserError("--n must be at least 1, and --temperature above 0 where it is more: greedy responses are all the same")
+        raise UserError(
+            "--n must be at least 1, and --temperature above 0 where it is more: greedy responses are all the same"
+        )
     main = rank() == 0
-    sources = {Path(data).stem: load_problems(data, seed=10**6 + args.seed)[: args.problems] for data in args.data}
-    if any(p.kind == "code" for problems in sources.values() for p in problems) and sandbox_or_refusal() and main:
+    sources = {
+        Path(data).stem: load_problems(data, seed=10**6 + args.seed)[: args.problems]
+        for data in args.data
+    }
+    if (
+        any(p.kind == "code" for problems in sources.values() for p in problems)
+        and sandbox_or_refusal()
+        and main
+    ):
         print(sandbox_or_refusal())
-    settings = {key: getattr(args, key) for key in ("model", "samples", "temperature", "seed", "problems", "max_thoughts", "max_tokens_per_thought")}
-    out = args.out or Path("benchmarks") / f"{Path(args.model).name}-n{args.samples}-T{args.temperature}-seed{args.seed}"
-    if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
+    settings = {
+        key: getattr(args, key)
+        for key in (
+            "model",
+            "samples",
+            "temperature",
+            "seed",
+            "problems",
+            "max_thoughts",
+            "max_tokens_per_thought",
+        )
+    }
+    out = (
+        args.out
+        or Path("benchmarks")
+        / f"{Path(args.model).name}-n{args.samples}-T{args.temperature}-seed{args.seed}"
+    )
+    if (out / "settings.json").exists() and json.loads(
+        (out / "settings.json").read_text()
+    ) != settings:
         raise UserError(f"{out} holds a benchmark with other settings; choose another --out")
     tokenizer, engine, context = open_policy(args)
     gather(None)  # nobody reads settings.json any more
@@ -111,15 +185,29 @@ def command_benchmark(args) -> None:
         (out / "settings.json").write_text(json.dumps(settings, indent=1))
     results = {}
     for name, problems in sources.items():
-        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature, **limits(args))
+        tasks = make_tasks(
+            problems,
+            tokenizer,
+            engine,
+            context,
+            args.seed,
+            temperature=args.temperature,
+            **limits(args),
+        )
         short = [task.problem.index for task in tasks if len(task.prompt_ids) >= context]
         if short:
-            raise UserError(f"{name}: the prompt of problem {short[0]} is longer than the model's context, {context} tokens; remove it")
+            raise UserError(
+                f"{name}: the prompt of problem {short[0]} is longer than the model's context, {context} tokens; remove it"
+            )
         done = finished_problems(out / f"{name}.jsonl", args.samples)
         gather(None)  # everybody has read what is done; from here on the first process writes
         todo = [task for task in tasks if task.problem.index not in done]
-        each = max(processes(), args.max_rows * processes() // args.samples)  # problems at a time: nothing that was computed before a stop is lost
-        bar = tqdm(range(0, len(todo), each), desc=name, unit="batch", disable=not main, dynamic_ncols=True)
+        each = max(
+            processes(), args.max_rows * processes() // args.samples
+        )  # problems at a time: nothing that was computed before a stop is lost
+        bar = tqdm(
+            range(0, len(todo), each), desc=name, unit="batch", disable=not main, dynamic_ncols=True
+        )
         for at in bar:
             part = todo[at : at + each]
             counters.clear()
@@ -132,9 +220,13 @@ def command_benchmark(args) -> None:
                 with (out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(record) + "\n" for record in records))
         gather(None)
-        results[name] = summary(finished_problems(out / f"{name}.jsonl", args.samples), args.samples)
+        results[name] = summary(
+            finished_problems(out / f"{name}.jsonl", args.samples), args.samples
+        )
     if main:
-        (out / "results.json").write_text(json.dumps({"settings": settings, "results": results}, indent=1))
+        (out / "results.json").write_text(
+            json.dumps({"settings": settings, "results": results}, indent=1)
+        )
         print_table(results, args.samples)
         print(f"{out}/results.json, and every rollout in {out}/*.jsonl")
 
@@ -152,7 +244,11 @@ def finished_problems(path: Path, samples: int) -> dict[int, list[dict]]:
             if line.endswith("\n"):
                 record = json.loads(line)
                 found[record["problem"]].append(record)
-        kept = [line for line in lines if line.endswith("\n") and len(found[json.loads(line)["problem"]]) == samples]
+        kept = [
+            line
+            for line in lines
+            if line.endswith("\n") and len(found[json.loads(line)["problem"]]) == samples
+        ]
         gather(None)
         if len(kept) < len(lines) and rank() == 0:
             path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
@@ -165,7 +261,9 @@ def finished_problems(path: Path, samples: int) -> dict[int, list[dict]]:
 def summary(done: dict[int, list[dict]], samples: int) -> dict:
     """Of one set: mean@n with half a 95% interval over problems, pass@k, mean reward, tokens and seconds a problem, shares truncated and
     without an answer, and every problem's share of correct responses."""
-    rewards = np.array([[r["reward"] for r in done[p]] for p in sorted(done)])  # [problems, samples]
+    rewards = np.array(
+        [[r["reward"] for r in done[p]] for p in sorted(done)]
+    )  # [problems, samples]
     right, records = rewards >= 1, [r for p in sorted(done) for r in done[p]]
     rates = right.mean(1)
     return {
@@ -178,12 +276,20 @@ def summary(done: dict[int, list[dict]], samples: int) -> dict:
 
 
 def half_interval(values: np.ndarray) -> float:
-    return float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return (
+        float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
+        if len(values) > 1
+        else float("nan")
+    )
 
 
 def print_table(results: dict, samples: int) -> None:
     ks = [k for k in KS if 1 < k <= samples]
-    print(f"| | problems | mean@{samples} |" + "".join(f" pass@{k} |" for k in ks) + " reward | tokens | seconds | truncated | unparsable |")
+    print(
+        f"| | problems | mean@{samples} |"
+        + "".join(f" pass@{k} |" for k in ks)
+        + " reward | tokens | seconds | truncated | unparsable |"
+    )
     print("|---" * (8 + len(ks)) + "|")
     for name, r in results.items():
         print(f"| {name} | {r['problems']} | {r['mean']:.3f} ± {r['half']:.3f} |" + "".join(f" {r['pass_at'][k]:.3f} |" for k in ks)
@@ -196,19 +302,31 @@ def compare(a: Path, b: Path, resamples: int = 10_000) -> None:
     try:
         first, second = (json.loads(path.read_text())["results"] for path in (a, b))
     except (OSError, json.JSONDecodeError, KeyError) as fault:
-        raise UserError(f"--compare needs two results.json of this command ({type(fault).__name__}: {fault})")
+        raise UserError(
+            f"--compare needs two results.json of this command ({type(fault).__name__}: {fault})"
+        )
     shared = [name for name in first if name in second]
     if not shared:
-        raise UserError(f"{a} and {b} share no data set: {', '.join(first)} against {', '.join(second)}")
-    print(f"| | problems | {a.parent.name} | {b.parent.name} | difference, 95% interval |\n|---|---|---|---|---|")
+        raise UserError(
+            f"{a} and {b} share no data set: {', '.join(first)} against {', '.join(second)}"
+        )
+    print(
+        f"| | problems | {a.parent.name} | {b.parent.name} | difference, 95% interval |\n|---|---|---|---|---|"
+    )
     for name in shared:
         x, y = first[name]["by_problem"], second[name]["by_problem"]
         if x.keys() != y.keys():
-            raise UserError(f"{name}: the two were measured on different problems; use the same --data, --problems and --seed")
+            raise UserError(
+                f"{name}: the two were measured on different problems; use the same --data, --problems and --seed"
+            )
         differences = np.array([y[p] - x[p] for p in x])
-        picks = np.random.default_rng(0).integers(len(differences), size=(resamples, len(differences)))
+        picks = np.random.default_rng(0).integers(
+            len(differences), size=(resamples, len(differences))
+        )
         low, high = np.percentile(differences[picks].mean(1), (2.5, 97.5))
-        print(f"| {name} | {len(x)} | {np.mean(list(x.values())):.3f} | {np.mean(list(y.values())):.3f} | {differences.mean():+.3f} ({low:+.3f} to {high:+.3f}) |")
+        print(
+            f"| {name} | {len(x)} | {np.mean(list(x.values())):.3f} | {np.mean(list(y.values())):.3f} | {differences.mean():+.3f} ({low:+.3f} to {high:+.3f}) |"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- localization
@@ -218,11 +336,23 @@ def command_localization(args) -> None:
     """How well a policy finds the first wrong thought: on labelled solutions (ProcessBench, `data.prepare`), or on failures of its own."""
     tokenizer, engine, context = open_policy(args)
     if is_labelled(args.data):
-        result = on_labelled(load_labelled(args.data)[: args.problems], tokenizer, engine, context, args)
+        result = on_labelled(
+            load_labelled(args.data)[: args.problems], tokenizer, engine, context, args
+        )
     else:
         problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
         reference = by_verifier if all(p.check_steps for p in problems) else by_oracle
-        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, localize_temperature=args.temperature, oracle_samples=8, oracle_tau=0.1, **limits(args))
+        tasks = make_tasks(
+            problems,
+            tokenizer,
+            engine,
+            context,
+            args.seed,
+            localize_temperature=args.temperature,
+            oracle_samples=8,
+            oracle_tau=0.1,
+            **limits(args),
+        )
         result = on_own_failures(tasks, engine, reference)
     print(f"{args.model} on {args.data}; counters {dict(counters)}")
     for name, value in result.items():
@@ -237,8 +367,15 @@ def load_labelled(source: str) -> list[dict]:
     """Records with question, steps (H texts), and label: 0-based index of the first wrong step, -1 for none."""
     records = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
     for number, r in enumerate(records, 1):
-        if not (isinstance(r.get("steps"), list) and r["steps"] and isinstance(r.get("label"), int) and -1 <= r["label"] < len(r["steps"])):
-            raise UserError(f"{source}, line {number}: needs steps (a list of texts) and label (-1, or a 0-based index into them)")
+        if not (
+            isinstance(r.get("steps"), list)
+            and r["steps"]
+            and isinstance(r.get("label"), int)
+            and -1 <= r["label"] < len(r["steps"])
+        ):
+            raise UserError(
+                f"{source}, line {number}: needs steps (a list of texts) and label (-1, or a 0-based index into them)"
+            )
     return records
 
 
@@ -246,16 +383,48 @@ def ask(texts: list[str], tokenizer, engine, context: int, args) -> list[str | N
     """What the policy answers to each text; None where a text does not fit its context."""
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     fits = [k for k, prompt in enumerate(prompts) if len(prompt) < context]
-    requests = [Request(k, "localization", prompts[k], 1, args.seed * 10**6 + k, min(args.localize_tokens, context - len(prompts[k])), args.temperature, 1.0) for k in fits]
+    requests = [
+        Request(
+            k,
+            "localization",
+            prompts[k],
+            1,
+            args.seed * 10**6 + k,
+            min(args.localize_tokens, context - len(prompts[k])),
+            args.temperature,
+            1.0,
+        )
+        for k in fits
+    ]
     answers = dict(zip(fits, engine.sample(requests)))
     return [answers[k][0].text if k in answers else None for k in range(len(prompts))]
 
 
 def on_labelled(records: list[dict], tokenizer, engine, context: int, args) -> dict:
     """ProcessBench's accuracies and F1 with the prompt that may answer "no error", and SRPO's setting: told that the answer is wrong."""
-    named = [named_step(text, len(r["steps"])) for r, text in zip(records, ask([review(r["question"], r["steps"], UNKNOWN) for r in records], tokenizer, engine, context, args))]
+    named = [
+        named_step(text, len(r["steps"]))
+        for r, text in zip(
+            records,
+            ask(
+                [review(r["question"], r["steps"], UNKNOWN) for r in records],
+                tokenizer,
+                engine,
+                context,
+                args,
+            ),
+        )
+    ]
     wrong = [r for r in records if r["label"] >= 0]
-    told = [named_step(text, len(r["steps"])) for r, text in zip(wrong, ask([review(r["question"], r["steps"]) for r in wrong], tokenizer, engine, context, args))]
+    told = [
+        named_step(text, len(r["steps"]))
+        for r, text in zip(
+            wrong,
+            ask(
+                [review(r["question"], r["steps"]) for r in wrong], tokenizer, engine, context, args
+            ),
+        )
+    ]
     scores = processbench_scores([r["label"] for r in records], named)
     exact = [h == r["label"] + 1 for h, r in zip(told, wrong)]
     return scores | {
@@ -278,7 +447,9 @@ def processbench_scores(labels: list[int], named: list[int | None]) -> dict:
 
     labels: 0-based first wrong step, -1 for none; named: 1-based, 0 for no error, None for no answer (which is wrong)."""
     hits = [n is not None and n == label + 1 for n, label in zip(named, labels)]
-    erroneous, correct = ([hit for hit, label in zip(hits, labels) if (label >= 0) == bad] for bad in (True, False))
+    erroneous, correct = (
+        [hit for hit, label in zip(hits, labels) if (label >= 0) == bad] for bad in (True, False)
+    )
     a, b = (sum(part) / len(part) if part else float("nan") for part in (erroneous, correct))
     return {"accuracy on erroneous": share(sum(erroneous), len(erroneous)), "accuracy on correct": share(sum(correct), len(correct)),
             "F1": f"{2 * a * b / (a + b) if a + b else 0.0:.3f}"}  # fmt: skip
@@ -291,7 +462,10 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     [0.237, 0.763]
     """
     z, p = 1.96, right / n
-    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    middle, half = (
+        (p + z * z / (2 * n)) / (1 + z * z / n),
+        z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)),
+    )
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -306,10 +480,19 @@ def on_own_failures(tasks: list[Task], engine, reference) -> dict:
     """One failure of each problem, localized by the policy and by the reference; four suffixes from where the policy resets.
 
     Deviation d = named - true first wrong step. d <= 0: a clean prefix; d > 0: the error is still in it."""
-    reviews = [r for r in run_programs([review_failure(task, reference) for task in tasks], engine)[0] if r]
+    reviews = [
+        r
+        for r in run_programs([review_failure(task, reference) for task in tasks], engine).results
+        if r
+    ]
     named = [(h - truth, rewards) for h, truth, _, rewards in reviews if h is not None]
-    rate = lambda part: share(sum(r >= 1 for _, rewards in part for r in rewards), sum(len(rewards) for _, rewards in part))  # noqa: E731
-    clean, erroneous = ([item for item in named if (item[0] <= 0) == good] for good in (True, False))
+    rate = lambda part: share(
+        sum(r >= 1 for _, rewards in part for r in rewards),
+        sum(len(rewards) for _, rewards in part),
+    )  # noqa: E731
+    clean, erroneous = (
+        [item for item in named if (item[0] <= 0) == good] for good in (True, False)
+    )
     result = {
         "failures": f"{len(reviews)} of {len(tasks)} problems; reference: {reference.__name__.removeprefix('by_')}",
         "exact": share(sum(d == 0 for d, _ in named), len(reviews)),
@@ -318,8 +501,16 @@ def on_own_failures(tasks: list[Task], engine, reference) -> dict:
         "corrected, from a clean prefix": rate(clean), "corrected, from an erroneous prefix": rate(erroneous),
     }  # fmt: skip
     for name, part in (("clean", clean), ("erroneous", erroneous)):
-        result[f"pass@4, from a prefix that is {name}"] = share(sum(any(r >= 1 for r in rewards) for _, rewards in part), len(part))
-    for low, high, name in ((-99, -2, "2 or more early"), (-1, -1, "1 early"), (0, 0, "exact"), (1, 1, "1 late"), (2, 99, "2 or more late")):
+        result[f"pass@4, from a prefix that is {name}"] = share(
+            sum(any(r >= 1 for r in rewards) for _, rewards in part), len(part)
+        )
+    for low, high, name in (
+        (-99, -2, "2 or more early"),
+        (-1, -1, "1 early"),
+        (0, 0, "exact"),
+        (1, 1, "1 late"),
+        (2, 99, "2 or more late"),
+    ):
         result[f"corrected, {name}"] = rate([item for item in named if low <= item[0] <= high])
     return result
 
@@ -346,14 +537,36 @@ def command_self_correct(args) -> None:
     problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
     curves = {}
     for reset in (True, False):
-        tasks = make_tasks(problems, tokenizer, engine, context, args.seed, temperature=args.temperature, localize_fallback="random", **limits(args))
-        traces = np.array(run_programs([self_correct(task, args.rounds, args.judge, reset) for task in tasks], engine)[0], float)  # [problems, rounds + 1, 2]
+        tasks = make_tasks(
+            problems,
+            tokenizer,
+            engine,
+            context,
+            args.seed,
+            temperature=args.temperature,
+            localize_fallback="random",
+            **limits(args),
+        )
+        traces = np.array(
+            run_programs(
+                [self_correct(task, args.rounds, args.judge, reset) for task in tasks], engine
+            ).results,
+            float,
+        )  # [problems, rounds + 1, 2]
         curves[reset] = traces[..., 0] >= 1, traces[..., 1].mean(0)
-    print(f"{args.model} on {args.data}: {len(problems)} problems, T = {args.temperature}, judge: {args.judge}; counters {dict(counters)}")
-    print("| rounds | resets: accuracy | tokens | best of rounds + 1: accuracy | tokens | best of n at the tokens of resets |\n|---|---|---|---|---|---|")
+    print(
+        f"{args.model} on {args.data}: {len(problems)} problems, T = {args.temperature}, judge: {args.judge}; counters {dict(counters)}"
+    )
+    print(
+        "| rounds | resets: accuracy | tokens | best of rounds + 1: accuracy | tokens | best of n at the tokens of resets |\n|---|---|---|---|---|---|"
+    )
     for k in range(args.rounds + 1):
         (right, tokens), (restarted, costs) = curves[True], curves[False]
-        at_equal = f"{np.interp(tokens[k], costs, restarted.mean(0)):.3f}" if tokens[k] <= costs[-1] + 1e-9 else "beyond"
+        at_equal = (
+            f"{np.interp(tokens[k], costs, restarted.mean(0)):.3f}"
+            if tokens[k] <= costs[-1] + 1e-9
+            else "beyond"
+        )
         print(f"| {k} | {right[:, k].mean():.3f} ± {half_interval(right[:, k]):.3f} | {tokens[k]:.0f} | {restarted[:, k].mean():.3f} ± {half_interval(restarted[:, k]):.3f} "
               f"| {costs[k]:.0f} | {at_equal} |")  # fmt: skip
     print("± is half a 95% interval over problems; tokens are generated ones per problem")
@@ -386,163 +599,13 @@ def self_correct(task: Task, rounds: int, judge: str, reset: bool):
 # ---------------------------------------------------------------------------------------------------------------------- runs
 
 
-def read_run(run: Path) -> tuple[dict, list[dict]]:
-    """(settings, step lines) of a run directory; each line also gets trained_total (tokens) and seconds_total (without evaluations), both
-    summed up to it. Raises UserError if it is none."""
-    try:
-        config = json.loads((run / "config.json").read_text())
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as fault:
-        raise UserError(f"{run}: not a run directory of srpo.py ({fault})")
-    trained = seconds = 0.0
-    for line in lines:
-        line["trained_total"] = trained = trained + line.get("trained_tokens", 0)
-        line["seconds_total"] = seconds = seconds + sum(line.get("seconds", {}).values())
-    return config, lines
-
-
-def name_of(config: dict) -> str:
-    """What tells a run apart from others of one study, without its seed: `srpo 1x4 verifier`."""
-    parts = [config["method"]]
-    if config["method"] != "grpo":
-        parts += [f"{config['prefixes']}x{config['suffixes']}"]
-        parts += [config["localizer"]] if config["localizer"] not in ("self", "random") else []
-        parts += [config["seed_choice"]] if config["seed_choice"] != "first" else []
-        parts += ["fresh seeds"] if config["seed_source"] != "base" else []
-        parts += ["unmasked"] if not config.get("mask_prefix", True) else []
-        parts += ["response length"] if config.get("length", "trained") != "trained" else []
-    parts += ["clipped"] if config.get("clip") else []
-    parts += [f"{config['updates']} updates"] if config.get("updates", 1) > 1 else []
-    return " ".join(parts)
-
-
-Named = dict[str, list[tuple[Path, dict, list[dict]]]]  # name: [(folder, settings, step lines)], one for each seed
-
-
-def by_name(runs: list[Path]) -> Named:
-    """Runs that differ only in their seed share a name; it says learning rate, data or model where the runs differ in them."""
-    read = [(Path(run), *read_run(Path(run))) for run in runs]
-    varied = [key for key in ("lr", "train_data", "model") if len({config.get(key) for _, config, _ in read}) > 1]
-    named = defaultdict(list)
-    for run, config, lines in read:
-        named[" ".join([name_of(config), *(f"{key} {config.get(key)}" for key in varied)])].append((run, config, lines))
-    return dict(named)
-
-
-def interval(values, statistic=lambda x: x.mean(0), resamples: int = 4000) -> tuple[float, float, float]:
-    """(statistic, 2.5% and 97.5% of its bootstrap) over the first axis of `values`: seeds, with everything that is paired by seed in a row.
-    The bounds are nan for one seed, which says nothing about others."""
-    values = np.asarray(values, float)
-    if len(values) == 1:
-        return statistic(values), np.nan, np.nan
-    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    drawn = np.array([statistic(values[pick]) for pick in picks])
-    return (statistic(values), *np.percentile(drawn, (2.5, 97.5), axis=0))
-
-
-AXES = {"step": ("step", 1), "total_tokens": ("million generated tokens, all purposes", 1e6), "trained_total": ("million trained tokens", 1e6),
-        "seconds_total": ("seconds, without evaluations", 1)}  # fmt: skip
-
-
-def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
-    """Held-out pass rate against each of `axes` (keys of AXES); with several seeds of a name, their mean and its 95% interval."""
-    plt = pyplot()
-    figure, panels = plt.subplots(len(axes) // 2, 2, figsize=(10, 1.9 * len(axes)), sharey=True, layout="constrained")
-    panels = panels.ravel()
-    for color, (name, members) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, named.items()):
-        evaluations = [[x for x in lines if "eval_pass_rate" in x] for _, _, lines in members]
-        shared = min(map(len, evaluations))
-        mean, low, high = interval([[x["eval_pass_rate"] for x in points[:shared]] for points in evaluations])
-        for panel, key in zip(panels, axes):
-            x = np.mean([[x[key] for x in points[:shared]] for points in evaluations], 0) / AXES[key][1]
-            panel.plot(x, mean, color=color, label=name if len(members) == 1 else f"{name} ({len(members)} seeds)", marker="o", markersize=3)
-            if len(members) > 1:
-                panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    if len(named) == 1 and len(members) == 1:  # one run: its training rates too, which have a point at every step
-        for key, label in (("pass_base", "base groups"), ("pass_suffix", "suffix groups")):
-            seen = [x for x in members[0][2] if x["step"] > 0 and x[key] is not None]
-            for panel, axis in zip(panels, axes):
-                panel.plot([x[axis] / AXES[axis][1] for x in seen], [x[key] for x in seen], label=f"{label} (training)", linewidth=0.8, alpha=0.6)
-    for panel, axis in zip(panels, axes):
-        panel.set(xlabel=AXES[axis][0])
-        panel.grid(alpha=0.3)
-    panels[0].set(ylabel="held-out pass rate", ylim=(0, None))
-    panels[0].legend(fontsize=8, loc="upper left")
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def first_reach(lines: list[dict], target: float, key: str) -> float:
-    """Value of `key` at which the held-out pass rate first reaches target, linear between evaluations; nan if it never does."""
-    points = [(x[key], x["eval_pass_rate"]) for x in lines if "eval_pass_rate" in x]
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if y0 < target <= y1:
-            return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
-    return float("nan")
-
-
-def final(run: Path, lines: list[dict]) -> tuple[float, float]:
-    """(pass rate, pass@8) after a run: from its benchmark where `study` made one, else the last held-out rate and nan."""
-    if (run / "benchmark" / "results.json").exists():
-        (result,) = json.loads((run / "benchmark" / "results.json").read_text())["results"].values()
-        return result["mean"], result["pass_at"]["8"]
-    return [x["eval_pass_rate"] for x in lines if "eval_pass_rate" in x][-1], float("nan")
-
-
-def spread(values, form: str) -> str:
-    """mean ± standard deviation over seeds; how many did not get there."""
-    values = np.array(values, float)
-    reached = values[~np.isnan(values)]
-    if not len(reached):
-        return "-"
-    missing = f" ({len(values) - len(reached)} not)" if len(reached) < len(values) else ""
-    return f"{reached.mean():{form}} ± {reached.std(ddof=1) if len(reached) > 1 else 0:{form}}{missing}"
-
-
-def results_table(named: Named, target: float) -> str:
-    rows = [f"| method | seeds | lr | steps | M tokens | final pass rate | pass@8 | steps to {target} | M tokens to {target} | exact h*, first and last 10 steps |", "|---" * 10 + "|"]
-    for name, members in named.items():
-        ends = [[x["localized_exact"] for _, _, lines in members for x in lines[part] if x.get("localized_exact") is not None] for part in (slice(1, 11), slice(-10, None))]
-        finals = [final(run, lines) for run, _, lines in members]
-        rows.append(
-            f"| {name} | {len(members)} | {members[0][1].get('lr', '-')} | {np.mean([lines[-1]['step'] for _, _, lines in members]):.0f} "
-            f"| {spread([lines[-1]['total_tokens'] / 1e6 for _, _, lines in members], '.2f')} | {spread([f[0] for f in finals], '.3f')} | {spread([f[1] for f in finals], '.3f')} "
-            f"| {spread([first_reach(lines, target, 'step') for _, _, lines in members], '.0f')} | {spread([first_reach(lines, target, 'total_tokens') / 1e6 for _, _, lines in members], '.2f')} "
-            f"| {', '.join(f'{np.mean(end):.2f}' for end in ends) if all(ends) else '-'} |"
-        )  # fmt: skip
-    return "\n".join(rows)
-
-
-PHASES = ("base", "seed", "localization", "suffix", "oracle", "grade", "wait", "train", "sync")
-
-
-def cost_table(named: Named) -> str:
-    """Seconds by phase, sampling speed and tokens of a step: medians over seeds, so that a run beside other work does not count, of means over steps."""
-    used = [phase for phase in PHASES if any(x.get("seconds", {}).get(phase, 0) > 0.005 for members in named.values() for _, _, lines in members for x in lines)]
-    rows = ["| per step | seconds |" + "".join(f" {phase} |" for phase in used) + " tokens generated | tokens/s sampling | tokens trained | response, tokens |", "|---" * (6 + len(used)) + "|"]
-    for name, members in named.items():
-        mean = lambda read: np.median([np.mean([read(x) for x in lines if "seconds" in x]) for _, _, lines in members])  # noqa: E731
-        shares = [mean(lambda x: x["seconds"].get(phase, 0)) for phase in used]
-        tokens, sampling = mean(lambda x: sum(x.get("tokens", {}).values())), mean(lambda x: sum(x["seconds"].get(phase, 0) for phase in PHASES[:5]))
-        rows.append(f"| {name} | {mean(lambda x: sum(x['seconds'].values())):.2f} |" + "".join(f" {s:.2f} |" if s else " |" for s in shares)
-                    + f" {tokens:,.0f} | {tokens / max(sampling, 1e-9):,.0f} | {mean(lambda x: x.get('trained_tokens', 0)):,.0f} | {mean(lambda x: x.get('response_tokens', 0)):.0f} |")  # fmt: skip
-    return "\n".join(rows)
-
-
 def command_curves(args) -> None:
     named = by_name(args.runs)
     draw_curves(named, args.out)
     print(results_table(named, args.target), cost_table(named), sep="\n\n")
-    print(f"\nmean ± standard deviation over seeds; drawn in {args.out} (band: 95% bootstrap interval of the mean over seeds)")
+    print(
+        f"\nmean ± standard deviation over seeds; drawn in {args.out} (band: 95% bootstrap interval of the mean over seeds)"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- command line
@@ -554,46 +617,101 @@ def main(argv: list[str]) -> None:
     policy = str(Path(__file__).resolve().parent / "data" / "policy")
 
     def command(function, help):
-        sub = commands.add_parser(function.__name__.removeprefix("command_").replace("_", "-"), help=help)
+        sub = commands.add_parser(
+            function.__name__.removeprefix("command_").replace("_", "-"), help=help
+        )
         sub.set_defaults(function=function)
         return sub
 
     def measures(function, help, problems, temperature):  # a command that samples from a policy
         sub = command(function, help)
         sub.add_argument("--model", default=policy, help="folder or hub id")
-        sub.add_argument("--problems", type=int, default=problems, help="records or problems of each file, at most")
+        sub.add_argument(
+            "--problems",
+            type=int,
+            default=problems,
+            help="records or problems of each file, at most",
+        )
         sub.add_argument("--temperature", type=float, default=temperature[0], help=temperature[1])
-        sub.add_argument("--seed", type=int, default=0, help="of the sampling, and of generated problems")
-        sub.add_argument("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
-        sub.add_argument("--max_rows", type=int, default=512, help="rows that a process samples at once")
-        sub.add_argument("--max_thoughts", type=int, default=20, help="thoughts in a response, at most")
-        sub.add_argument("--max_tokens_per_thought", type=int, default=256, help="tokens in a thought, at most")
+        sub.add_argument(
+            "--seed", type=int, default=0, help="of the sampling, and of generated problems"
+        )
+        sub.add_argument(
+            "--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py"
+        )
+        sub.add_argument(
+            "--max_rows", type=int, default=512, help="rows that a process samples at once"
+        )
+        sub.add_argument(
+            "--max_thoughts", type=int, default=20, help="thoughts in a response, at most"
+        )
+        sub.add_argument(
+            "--max_tokens_per_thought", type=int, default=256, help="tokens in a thought, at most"
+        )
         sub.add_argument("--localize_tokens", type=int, default=4096, help="longest review, tokens")
         return sub
 
-    sub = measures(command_benchmark, "mean@n and pass@k of a policy on data sets, or the difference of two such results", None, (0.0, "0 is greedy"))
+    sub = measures(
+        command_benchmark,
+        "mean@n and pass@k of a policy on data sets, or the difference of two such results",
+        None,
+        (0.0, "0 is greedy"),
+    )
     sub.add_argument("--data", nargs="+", help=f"JSON-lines files, or {GENERATED}")
-    sub.add_argument("--n", "--samples", dest="samples", type=int, default=1, help="responses per problem (under torchrun write --samples: it takes --n for its own)")
+    sub.add_argument(
+        "--n",
+        "--samples",
+        dest="samples",
+        type=int,
+        default=1,
+        help="responses per problem (under torchrun write --samples: it takes --n for its own)",
+    )
     sub.add_argument("--out", type=Path, help="folder of the results (default: under benchmarks/)")
     sub.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="two results.json")
-    sub = measures(command_localization, "how well a policy finds the first wrong thought", 512, (0.3, "of localization"))
-    sub.add_argument("--data", default="chain-12", help="processbench.jsonl of data.prepare; or any problems, for failures of the policy itself")
-    sub = measures(command_self_correct, "localize, reset and sample again at test time, beside best-of-n", 256, (1.0, "of the responses"))
+    sub = measures(
+        command_localization,
+        "how well a policy finds the first wrong thought",
+        512,
+        (0.3, "of localization"),
+    )
+    sub.add_argument(
+        "--data",
+        default="chain-12",
+        help="processbench.jsonl of data.prepare; or any problems, for failures of the policy itself",
+    )
+    sub = measures(
+        command_self_correct,
+        "localize, reset and sample again at test time, beside best-of-n",
+        256,
+        (1.0, "of the responses"),
+    )
     sub.add_argument("--data", default="chain-12", help=f"JSON-lines file, or {GENERATED}")
     sub.add_argument("--rounds", type=int, default=8, help="corrections, at most")
-    sub.add_argument("--judge", choices=["verifier", "self"], default="verifier", help="who says when to stop")
+    sub.add_argument(
+        "--judge", choices=["verifier", "self"], default="verifier", help="who says when to stop"
+    )
     sub = command(command_curves, "learning curves, a table of results and a table of costs")
     sub.add_argument("runs", nargs="+", type=Path, help="run directories")
-    sub.add_argument("--target", type=float, default=0.5, help="pass rate whose steps and tokens are in the table")
+    sub.add_argument(
+        "--target",
+        type=float,
+        default=0.5,
+        help="pass rate whose steps and tokens are in the table",
+    )
     sub.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
-    from data.report import command_report  # not above: these two read runs with this file
-    from data.study import add_commands
+    from data.report import command_report  # here: training does not load the report
 
-    sub = command(command_report, "one HTML page: curves, step metrics, and the reset tree of every problem")
+    sub = command(
+        command_report, "one HTML page: curves, step metrics, and the reset tree of every problem"
+    )
     sub.add_argument("runs", nargs="+", type=Path, help="run directories")
     sub.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
-    sub.add_argument("--megabytes", type=float, default=20, help="size of the page, at most; what does not fit is left out, and named")
-    add_commands(command)
+    sub.add_argument(
+        "--megabytes",
+        type=float,
+        default=20,
+        help="size of the page, at most; what does not fit is left out, and named",
+    )
     args = parser.parse_args(argv)
     args.function(args)
 

@@ -46,12 +46,19 @@ def grouped(rollouts: list[Rollout]) -> dict[tuple[int, int], list[Rollout]]:
         members = groups.setdefault(rollout.group, [])
         members.append(rollout)
         first, n = members[0], rollout.prefix_len
-        if (first.prompt_ids, first.token_ids[: first.prefix_len]) != (rollout.prompt_ids, rollout.token_ids[:n]):
-            raise ValueError(f"group {rollout.group} mixes two states; give each reset state a group of its own")
+        if (first.prompt_ids, first.token_ids[: first.prefix_len]) != (
+            rollout.prompt_ids,
+            rollout.token_ids[:n],
+        ):
+            raise ValueError(
+                f"group {rollout.group} mixes two states; give each reset state a group of its own"
+            )
     return groups
 
 
-def token_weights(rollout: Rollout, n_rollouts: int, mask_prefix: bool = True, length: str = "trained") -> list[float]:
+def token_weights(
+    rollout: Rollout, n_rollouts: int, mask_prefix: bool = True, length: str = "trained"
+) -> list[float]:
     """Weight of each response token in the loss, one per token of `token_ids`: A / (|T| N) on T, 0 on a masked prefix.
 
     A = 1.5, 5 tokens of which 2 are the shared prefix, N = 8  ->  [0, 0, 1/16, 1/16, 1/16].
@@ -83,13 +90,22 @@ def first_weight(weights: list[float]) -> int:
     return next((i for i, w in enumerate(weights) if w), 0)
 
 
-def collate(rollouts: list[Rollout], weights: list[list[float]], pad_id: int, device="cpu", extra: int = 0) -> Batch:
+def collate(
+    rollouts: list[Rollout], weights: list[list[float]], pad_id: int, device="cpu", extra: int = 0
+) -> Batch:
     """Padded rows of these rollouts. `weights` as from `token_weights`, one list for each. extra: more padding, for tests."""
     starts = [first_weight(w) for w in weights]
     before = [tuple(r.prompt_ids + r.token_ids[:k]) for r, k in zip(rollouts, starts)]
     states = list(dict.fromkeys(before))
-    B, W, L = len(rollouts), max(map(len, states)) + extra, max(len(r.token_ids) - k for r, k in zip(rollouts, starts)) + extra
-    ids, ids_mask = torch.full((len(states), W), pad_id), torch.zeros((len(states), W), dtype=torch.long)
+    B, W, L = (
+        len(rollouts),
+        max(map(len, states)) + extra,
+        max(len(r.token_ids) - k for r, k in zip(rollouts, starts)) + extra,
+    )
+    ids, ids_mask = (
+        torch.full((len(states), W), pad_id),
+        torch.zeros((len(states), W), dtype=torch.long),
+    )
     for s, state in enumerate(states):
         ids[s, W - len(state) :], ids_mask[s, W - len(state) :] = torch.tensor(state), 1
     tokens, mask = torch.full((B, L), pad_id), torch.zeros((B, L), dtype=torch.long)
@@ -97,10 +113,22 @@ def collate(rollouts: list[Rollout], weights: list[list[float]], pad_id: int, de
     for b, (r, w, k) in enumerate(zip(rollouts, weights, starts)):
         n = len(w) - k
         tokens[b, :n], mask[b, :n] = torch.tensor(r.token_ids[k:]), 1
-        padded[:, b, :n] = torch.tensor([w[k:], r.logps[k:], [t < r.prefix_len for t in range(k, len(w))]], dtype=torch.float64)
+        padded[:, b, :n] = torch.tensor(
+            [w[k:], r.logps[k:], [t < r.prefix_len for t in range(k, len(w))]], dtype=torch.float64
+        )
     where = padded[0] != 0
     flat = padded[:, where]
-    parts = ids, ids_mask, torch.tensor([states.index(state) for state in before]), tokens, mask, where, flat[0].float(), flat[1].float(), flat[2].bool()
+    parts = (
+        ids,
+        ids_mask,
+        torch.tensor([states.index(state) for state in before]),
+        tokens,
+        mask,
+        where,
+        flat[0].float(),
+        flat[1].float(),
+        flat[2].bool(),
+    )
     return Batch(*(part.to(device) for part in parts))
 
 
@@ -119,10 +147,14 @@ class StateLayer(DynamicLayer):
             self.keys, self.values, self.is_initialized = keys, values, True
             return keys, values
         of_rows = lambda part: part.index_select(0, self.state)  # noqa: E731  (on a CPU the backward of part[state] adds in any order)
-        return torch.cat([of_rows(self.keys), keys], -2), torch.cat([of_rows(self.values), values], -2)
+        return torch.cat([of_rows(self.keys), keys], -2), torch.cat(
+            [of_rows(self.values), values], -2
+        )
 
 
-def chosen_logps(model, batch: Batch, temperature: float, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+def chosen_logps(
+    model, batch: Batch, temperature: float, chunk: int = 4096
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs [M], entropies [M], without gradient) of the tokens in `batch.where`, at the sampling temperature, in nats.
 
     The body of the model runs once on each state, and on the tokens of each row with the state's keys and values before them, through
@@ -133,13 +165,31 @@ def chosen_logps(model, batch: Batch, temperature: float, chunk: int = 4096) -> 
     layers = DynamicCache(config=model.config).layers
     if all(isinstance(layer, DynamicLayer) for layer in layers):
         written = [StateLayer() for _ in layers]
-        first = model.base_model(input_ids=batch.states, attention_mask=batch.states_mask, position_ids=place(batch.states_mask), past_key_values=Cache(written))
+        first = model.base_model(
+            input_ids=batch.states,
+            attention_mask=batch.states_mask,
+            position_ids=place(batch.states_mask),
+            past_key_values=Cache(written),
+        )
         read = [StateLayer(layer, state) for layer in written]
-        rest = model.base_model(input_ids=batch.tokens, attention_mask=mask, position_ids=place(mask)[:, W:], past_key_values=Cache(read))
-        hidden = torch.cat([first.last_hidden_state[:, -1:].index_select(0, state), rest.last_hidden_state[:, :-1]], 1)
+        rest = model.base_model(
+            input_ids=batch.tokens,
+            attention_mask=mask,
+            position_ids=place(mask)[:, W:],
+            past_key_values=Cache(read),
+        )
+        hidden = torch.cat(
+            [
+                first.last_hidden_state[:, -1:].index_select(0, state),
+                rest.last_hidden_state[:, :-1],
+            ],
+            1,
+        )
     else:  # a layer keeps something else than keys and values: whole rows
         ids = torch.cat([batch.states[state], batch.tokens], 1)
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=place(mask), use_cache=False).last_hidden_state[:, W - 1 : -1]
+        hidden = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=place(mask), use_cache=False
+        ).last_hidden_state[:, W - 1 : -1]
     hidden = hidden[batch.where]  # [M, D], at the position before each token: it predicts it
     targets = batch.tokens[batch.where]  # [M]
     head = model.get_output_embeddings()
@@ -149,7 +199,10 @@ def chosen_logps(model, batch: Batch, temperature: float, chunk: int = 4096) -> 
         entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
         return logps.gather(1, y[:, None])[:, 0], entropy
 
-    parts = [checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+    parts = [
+        checkpoint(score, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(chunk), targets.split(chunk))
+    ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -158,20 +211,34 @@ def surrogate(logps: torch.Tensor, batch: Batch, clip: float) -> torch.Tensor:
     if clip == 0:
         return -(batch.weights * logps).sum()
     ratio = (logps - batch.old_logps).exp()
-    return -torch.minimum(ratio * batch.weights, ratio.clamp(1 - clip, 1 + clip) * batch.weights).sum()
+    return -torch.minimum(
+        ratio * batch.weights, ratio.clamp(1 - clip, 1 + clip) * batch.weights
+    ).sum()
 
 
-def backward(model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu", rank: int = 0, ranks: int = 1) -> dict[str, float]:
+def backward(
+    model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu", rank: int = 0, ranks: int = 1
+) -> dict[str, float]:
     """Adds the gradient of L over `rollouts` (part of a step of n_rollouts) to the model's parameters, micro-batch by micro-batch.
 
     With several processes each takes its part of the rows; their gradients are to be summed, not averaged. All of them run the same number
     of forwards (a process that a last micro-batch leaves without a row runs one that weighs nothing), as sharded parameters need.
     Uses cfg.temperature, mask_prefix, length, clip, micro_batch, chunk. Returns sums over this process's trained tokens: loss, tokens, entropy
     (nats), gap = |sampler - trainer log-prob| on suffix and base tokens, gap_prefix on prefix tokens (prefix_tokens of them), gap_max."""
-    weighted = [(r, token_weights(r, n_rollouts, cfg.mask_prefix, cfg.length)) for r in rollouts if r.advantage != 0]
-    weighted.sort(key=lambda item: (len(item[0].prompt_ids) + first_weight(item[1]), item[0].group))  # states together, little padding; the sum does not depend on it
-    sums = dict.fromkeys(("loss", "tokens", "entropy", "gap", "gap_prefix", "prefix_tokens", "gap_max"), 0.0)
-    score = getattr(model, "chosen_logps", None) or partial(chosen_logps, model)  # the method of a sharded model gathers its parameters
+    weighted = [
+        (r, token_weights(r, n_rollouts, cfg.mask_prefix, cfg.length))
+        for r in rollouts
+        if r.advantage != 0
+    ]
+    weighted.sort(
+        key=lambda item: (len(item[0].prompt_ids) + first_weight(item[1]), item[0].group)
+    )  # states together, little padding; the sum does not depend on it
+    sums = dict.fromkeys(
+        ("loss", "tokens", "entropy", "gap", "gap_prefix", "prefix_tokens", "gap_max"), 0.0
+    )
+    score = getattr(model, "chosen_logps", None) or partial(
+        chosen_logps, model
+    )  # the method of a sharded model gathers its parameters
     for at in range(0, len(weighted), cfg.micro_batch * ranks):
         block = weighted[at : at + cfg.micro_batch * ranks]
         each = -(-len(block) // ranks)
@@ -192,7 +259,23 @@ def backward(model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu", r
 
 
 if __name__ == "__main__":
-    group = [Rollout(0, "suffix", [1], [5, 6, 7 + i], [0.0] * 3, [2, 3], "answer", prefix_len=2, reward=float(i == 0), group=(0, 1)) for i in range(4)]
+    group = [
+        Rollout(
+            0,
+            "suffix",
+            [1],
+            [5, 6, 7 + i],
+            [0.0] * 3,
+            [2, 3],
+            "answer",
+            prefix_len=2,
+            reward=float(i == 0),
+            group=(0, 1),
+        )
+        for i in range(4)
+    ]
     set_advantages(group)
     for rollout in group:
-        print(f"reward {rollout.reward:.0f}  advantage {rollout.advantage:+.2f}  weights {token_weights(rollout, n_rollouts=8)}")
+        print(
+            f"reward {rollout.reward:.0f}  advantage {rollout.advantage:+.2f}  weights {token_weights(rollout, n_rollouts=8)}"
+        )

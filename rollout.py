@@ -27,21 +27,28 @@ import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Callable, Generator, Iterable
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
-from data.problems import DELIMITER, Problem, UserError, counters, last_boxed
+from data.faults import UserError, counters
+from data.parallel import gather, processes, rank
+from data.problems import Problem
+from data.verifiers import DELIMITER, last_boxed
 
 # -------------------------------------------------------------------------------------------------------------------- record
 
@@ -54,17 +61,29 @@ class Rollout:
     purpose: str  # base | seed | suffix | localization | oracle: what its tokens were spent on
     prompt_ids: list[int]
     token_ids: list[int]  # the response, shared prefix included
-    logps: list[float]  # of token_ids under the sampler, at the sampling temperature, before any top_p truncation
-    thought_ends: list[int]  # thought h is token_ids[thought_ends[h-2]:thought_ends[h-1]] (h from 1); the last equals len(token_ids)
+    logps: list[
+        float
+    ]  # of token_ids under the sampler, at the sampling temperature, before any top_p truncation
+    thought_ends: list[
+        int
+    ]  # thought h is token_ids[thought_ends[h-2]:thought_ends[h-1]] (h from 1); the last equals len(token_ids)
     finish: str  # answer | eos | thoughts | length: why it ended
     text: str = ""
     prefix_len: int = 0  # tokens shared with the seed (0 for a base rollout); never sampled again, never trained on
     reward: float | None = None  # in [0, 1]; None for localization answers
-    group: tuple[int, int] | None = None  # (slot in the step, group of that slot); rollouts of one group share one state
-    seed: "Rollout | None" = field(default=None, repr=False)  # suffixes: the incorrect rollout whose prefix they share
-    reset: int | None = None  # suffixes: h*, the 1-based index of the first thought that is sampled again
+    group: tuple[int, int] | None = (
+        None  # (slot in the step, group of that slot); rollouts of one group share one state
+    )
+    seed: "Rollout | None" = field(
+        default=None, repr=False
+    )  # suffixes: the incorrect rollout whose prefix they share
+    reset: int | None = (
+        None  # suffixes: h*, the 1-based index of the first thought that is sampled again
+    )
     localized: str | None = None  # suffixes: how h* was found (see localize.py)
-    localization: "Rollout | None" = field(default=None, repr=False)  # seeds: what the policy answered when asked for h*
+    localization: "Rollout | None" = field(
+        default=None, repr=False
+    )  # seeds: what the policy answered when asked for h*
     advantage: float = 0.0
 
     @property
@@ -90,17 +109,23 @@ class Request:
     purpose: str
     prompt_ids: list[int]
     n: int
-    seed: int  # the continuations are a function of (policy, request), whatever else is in the batch
+    rng_key: (
+        int  # the continuations are a function of (policy, request), whatever else is in the batch
+    )
     max_tokens: int  # generated tokens, at most
     temperature: float
     top_p: float
     prefix_ids: list[int] = field(default_factory=list)
     prefix_logps: list[float] = field(default_factory=list)
     prefix_ends: list[int] = field(default_factory=list)  # thought ends inside prefix_ids
-    max_thoughts: int | None = None  # prefix included; None: no thoughts in it (a localization answer), it ends at eos or max_tokens
+    max_thoughts: int | None = (
+        None  # prefix included; None: no thoughts in it (a localization answer), it ends at eos or max_tokens
+    )
     max_tokens_per_thought: int | None = None
     grade: Callable[[str], float] | None = None
-    slow: bool = False  # grading waits for other processes: it is done in threads, while sampling goes on
+    slow: bool = (
+        False  # grading waits for other processes: it is done in threads, while sampling goes on
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- boundaries
@@ -115,7 +140,9 @@ class ThoughtTracker:
     Example, tokens "a", "</thou", "ght>b", "c", <eos>:  thought_ends == [3, 5], finish == "eos".
     """
 
-    WINDOW = len(DELIMITER) + 1  # a token holds at least one byte, so this many tokens hold a whole delimiter
+    WINDOW = (
+        len(DELIMITER) + 1
+    )  # a token holds at least one byte, so this many tokens hold a whole delimiter
 
     def __init__(self, vocabulary: "Vocabulary", request: Request):
         self.vocabulary, self.request = vocabulary, request
@@ -134,9 +161,13 @@ class ThoughtTracker:
             self.finish = "eos"
         elif request.max_thoughts is not None:
             self.brace |= token in vocabulary.braces
-            if (token in vocabulary.closers and self.completes_delimiter()) or thought >= request.max_tokens_per_thought:
+            if (
+                token in vocabulary.closers and self.completes_delimiter()
+            ) or thought >= request.max_tokens_per_thought:
                 self.thought_ends.append(len(self.ids))
-                if self.brace and last_boxed(vocabulary.decode(self.ids)):  # not an empty box, which repeats the instruction
+                if self.brace and last_boxed(
+                    vocabulary.decode(self.ids)
+                ):  # not an empty box, which repeats the instruction
                     self.finish = "answer"
                 elif len(self.thought_ends) >= request.max_thoughts:
                     self.finish = "thoughts"
@@ -148,7 +179,9 @@ class ThoughtTracker:
 
     def completes_delimiter(self) -> bool:
         decode = self.vocabulary.decode
-        return decode(self.ids[-self.WINDOW :]).count(DELIMITER) > decode(self.ids[-self.WINDOW : -1]).count(DELIMITER)
+        return decode(self.ids[-self.WINDOW :]).count(DELIMITER) > decode(
+            self.ids[-self.WINDOW : -1]
+        ).count(DELIMITER)
 
 
 class Vocabulary:
@@ -162,7 +195,9 @@ class Vocabulary:
         self.eos = set(eos or ()) | ({tokenizer.eos_token_id} - {None})
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ programs
@@ -177,7 +212,9 @@ class Task:
     slot: int  # position in the step: the same problem twice in a step is two tasks
     cfg: "Config"  # noqa: F821  (srpo.Config)
     vocabulary: Vocabulary
-    localize: Callable | None  # (task, seeds) -> generator returning [(h* or None, how)], see localize.py
+    localize: (
+        Callable | None
+    )  # (task, seeds) -> generator returning [(h* or None, how)], see localize.py
     rng: np.random.Generator
     context: int  # longest sequence the model takes, tokens
 
@@ -207,7 +244,9 @@ ENDINGS = {  # by kind of problem
 
 def locate_token(tokenizer) -> int | None:
     """Id of <locate>, or None. A terse policy has this token: it was trained on bare questions, and reviews when it reads it."""
-    found = tokenizer.convert_tokens_to_ids("<locate>")  # (get_vocab() would take 0.1 s a prompt for a vocabulary of 50,000)
+    found = tokenizer.convert_tokens_to_ids(
+        "<locate>"
+    )  # (get_vocab() would take 0.1 s a prompt for a vocabulary of 50,000)
     return None if found == tokenizer.unk_token_id else found
 
 
@@ -223,15 +262,23 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of a user message: through the chat template where the tokenizer has one, else the plain text.
 
     Special tokens that the text spells (the end-of-text of a thought under review, say) become a space: they would end the message."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content != DELIMITER]
+    special = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and token.content != DELIMITER
+    ]
     text = re.sub("|".join(map(re.escape, special)), " ", text) if special else text
     if tokenizer.chat_template:
         message = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
     return tokenizer(text)["input_ids"]
 
 
-Program = Generator[list[Request], list[list[Rollout]], list[Rollout]]  # yields requests, is sent n rollouts for each, returns a buffer
+Program = Generator[
+    list[Request], list[list[Rollout]], list[Rollout]
+]  # yields requests, is sent n rollouts for each, returns a buffer
 
 
 def failed(rollout: Rollout, task: Task) -> bool:
@@ -304,14 +351,28 @@ PROGRAMS = {"grpo": grpo, "rrpo": resets, "srpo": resets}
 # -------------------------------------------------------------------------------------------------------------------- driver
 
 
-def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], Counter]:
+@dataclass
+class Sampled:
+    """What the programs of one step returned, and what it cost."""
+
+    results: list  # each program's return value
+    generated: list[Rollout]  # every rollout that was sampled
+    seconds: Counter  # by purpose
+
+
+def run_programs(programs: list[Program], engine) -> Sampled:
     """Runs all programs together: each goes on as soon as what it waits for has been sampled.
 
     With several processes each runs the share of its engine (every n-th program), and all of them get the results of all.
     Returns ([each program's return value], [every rollout that was generated, for counting costs], seconds by purpose, for "grade", and
     for "wait", until the slowest process was done; seconds of sampling are shared out by generated tokens)."""
     share, shares = engine.share
-    done, generated, waiting, owner = {}, {}, {}, {}  # by program, and by ticket: (program, place in what it waits for, request)
+    done, generated, waiting, owner = (
+        {},
+        {},
+        {},
+        {},
+    )  # by program, and by ticket: (program, place in what it waits for, request)
     seconds, tokens, faults = Counter(), Counter(), counters.copy()
 
     def advance(i: int, answer) -> None:
@@ -323,12 +384,19 @@ def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], 
             done[i] = end.value
         else:
             waiting[i] = [None] * len(requests)
-            owner.update({engine.start(request): (i, place, request) for place, request in enumerate(requests)})
+            owner.update(
+                {
+                    engine.start(request): (i, place, request)
+                    for place, request in enumerate(requests)
+                }
+            )
 
     for i in range(share, len(programs), shares):
         generated[i] = []
         advance(i, None)
-    grading: dict[int, tuple[list[Rollout], list]] = {}  # by ticket: rollouts, and their rewards or promises of them
+    grading: dict[
+        int, tuple[list[Rollout], list]
+    ] = {}  # by ticket: rollouts, and their rewards or promises of them
     while owner:
         start = time.perf_counter()
         finished = engine.finished() if len(grading) < len(owner) else []
@@ -338,10 +406,28 @@ def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], 
             request = owner[ticket][2]
             tokens[request.purpose] += sum(r.generated for r in rollouts)
             grade = request.grade or (lambda text: None)
-            grading[ticket] = rollouts, [graders().submit(grade, r.text) if request.slow else grade(r.text) for r in rollouts]
-        ready = [t for t, (_, rewards) in grading.items() if not engine.streams or all(not isinstance(r, Future) or r.done() for r in rewards)]
+            grading[ticket] = (
+                rollouts,
+                [
+                    graders().submit(grade, r.text) if request.slow else grade(r.text)
+                    for r in rollouts
+                ],
+            )
+        ready = [
+            t
+            for t, (_, rewards) in grading.items()
+            if not engine.streams or all(not isinstance(r, Future) or r.done() for r in rewards)
+        ]
         if not ready and len(grading) == len(owner):  # nothing is left to sample meanwhile
-            wait([r for _, rewards in grading.values() for r in rewards if isinstance(r, Future) and not r.done()], return_when=FIRST_COMPLETED)
+            wait(
+                [
+                    r
+                    for _, rewards in grading.values()
+                    for r in rewards
+                    if isinstance(r, Future) and not r.done()
+                ],
+                return_when=FIRST_COMPLETED,
+            )
         for ticket in ready:
             rollouts, rewards = grading.pop(ticket)
             for rollout, reward in zip(rollouts, rewards):
@@ -361,47 +447,17 @@ def run_programs(programs: list[Program], engine) -> tuple[list, list[Rollout], 
     counters.update(sum((part[2] for part in parts), faults))
     seconds["wait"] = time.perf_counter() - start
     done, generated = ({i: x for part in parts for i, x in part[k].items()} for k in (0, 1))
-    return [done[i] for i in range(len(programs))], [r for i in range(len(programs)) for r in generated[i]], seconds
+    return Sampled(
+        [done[i] for i in range(len(programs))],
+        [r for i in range(len(programs)) for r in generated[i]],
+        seconds,
+    )
 
 
 @cache
 def graders() -> ThreadPoolExecutor:
     """Threads that wait for slow verifiers: sandboxed programs, math-verify's processes."""
     return ThreadPoolExecutor(os.cpu_count())
-
-
-def connect() -> tuple[torch.device, bool]:
-    """Joins the processes that torchrun started, NCCL between GPUs and Gloo between CPUs: (this process's device, whether the model is
-    to be sharded). One GPU is a shard of its own: bf16 compute on float32 master weights is then the same code as on many."""
-    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} there); lower --nproc_per_node")
-    if cuda:
-        torch.cuda.set_device(local)
-    sharded = cuda or processes() > 1
-    if sharded and not dist.is_initialized():
-        alone = {} if processes() > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)  # a phase may be that uneven
-    return torch.device("cuda", local) if cuda else torch.device("cpu"), sharded
-
-
-def gather(mine) -> list:
-    """[what each process gave], on every process; [mine] where there is only one."""
-    if processes() == 1:
-        return [mine]
-    parts = [None] * processes()
-    dist.all_gather_object(parts, mine)
-    return parts
-
-
-def processes() -> int:
-    """How many processes `torchrun` started for this run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    """This process's number among them, from 0."""
-    return int(os.environ.get("RANK", 0))
 
 
 # ------------------------------------------------------------------------------------------------------------------- engines
@@ -425,7 +481,9 @@ class Engine:
 
     def sleep(self) -> None: ...  # before training: gives memory back
 
-    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...  # after a step: the trainer's weights by name, whole
+    def sync(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> None: ...  # after a step: the trainer's weights by name, whole
 
     def sample(self, requests: list[Request]) -> list[list[Rollout]]:
         """request.n rollouts for each request, ungraded."""
@@ -440,13 +498,19 @@ class HFEngine(Engine):
 
     In a run of one CPU process it holds the trainer's own model, and `sync` has nothing to copy; where the trainer's is sharded it holds
     one of its own, on `device`, bf16 on a GPU. Randomness is counter-based: token t of row i of a request uses uniform number t of the generator keyed
-    (request.seed, i), so a response does not depend on what else is in the batch, nor on the number of processes."""
+    (request.rng_key, i), so a response does not depend on what else is in the batch, nor on the number of processes."""
 
     name, speaks = "hf", True
 
     def __init__(self, model, tokenizer, max_rows: int = 512, device: torch.device | None = None):
         self.max_rows, self.copies = max_rows, device is not None
-        self.model = copy.deepcopy(model).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32) if self.copies else model
+        self.model = (
+            copy.deepcopy(model).to(
+                device, torch.bfloat16 if device.type == "cuda" else torch.float32
+            )
+            if self.copies
+            else model
+        )
         if self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation("grouped")
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
@@ -471,7 +535,12 @@ class HFEngine(Engine):
         requests, self.queue = self.queue, {}
         answers = {ticket: [] for ticket in requests}
         rows = [(ticket, i) for ticket, request in requests.items() for i in range(request.n)]
-        rows.sort(key=lambda row: (len(requests[row[0]].prompt_ids) + len(requests[row[0]].prefix_ids), row))
+        rows.sort(
+            key=lambda row: (
+                len(requests[row[0]].prompt_ids) + len(requests[row[0]].prefix_ids),
+                row,
+            )
+        )
         training = self.model.training
         self.model.eval()
         for at in range(0, len(rows), self.max_rows):
@@ -482,18 +551,37 @@ class HFEngine(Engine):
         return list(answers.items())
 
     @torch.inference_mode()
-    def _sample_batch(self, requests: dict[int, Request], rows: list[tuple[int, int]]) -> list[Rollout]:
+    def _sample_batch(
+        self, requests: dict[int, Request], rows: list[tuple[int, int]]
+    ) -> list[Rollout]:
         device = self.model.device
-        states = list(dict.fromkeys(k for k, _ in rows))  # each state is prefilled once, whatever its n
+        states = list(
+            dict.fromkeys(k for k, _ in rows)
+        )  # each state is prefilled once, whatever its n
         contexts = [requests[k].prompt_ids + requests[k].prefix_ids for k in states]
         width = max(map(len, contexts))
-        ids = torch.tensor([[self.pad] * (width - len(c)) + c for c in contexts], device=device)  # [states, width], left-padded
-        mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
+        ids = torch.tensor(
+            [[self.pad] * (width - len(c)) + c for c in contexts], device=device
+        )  # [states, width], left-padded
+        mask = torch.tensor(
+            [[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device
+        )
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        expand = torch.tensor([states.index(k) for k, _ in rows], device=device)  # [rows] -> its state
+        cache.layers = [
+            RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+        ]
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        expand = torch.tensor(
+            [states.index(k) for k, _ in rows], device=device
+        )  # [rows] -> its state
         cache.batch_select_indices(expand)
         logits, mask, positions = logits[expand], mask[expand], positions[expand, -1]
 
@@ -501,7 +589,10 @@ class HFEngine(Engine):
         temperature = torch.tensor([r.temperature for r in request], device=device)
         top_p = torch.tensor([r.top_p for r in request], device=device)
         trackers = [ThoughtTracker(self.vocabulary, r) for r in request]
-        uniforms = [np.random.default_rng([r.seed, i]).random(r.max_tokens) for r, (_, i) in zip(request, rows)]
+        uniforms = [
+            np.random.default_rng([r.rng_key, i]).random(r.max_tokens)
+            for r, (_, i) in zip(request, rows)
+        ]
         logps: list[list[float]] = [[] for _ in rows]
         live = list(range(len(rows)))  # live[j] is the row in place j of the batch
         step = 0
@@ -521,14 +612,27 @@ class HFEngine(Engine):
                 if not live:
                     break
                 cache.batch_select_indices(keep)
-                tokens, mask, positions, temperature, top_p = tokens[keep], mask[keep], positions[keep], temperature[keep], top_p[keep]
+                tokens, mask, positions, temperature, top_p = (
+                    tokens[keep],
+                    mask[keep],
+                    positions[keep],
+                    temperature[keep],
+                    top_p[keep],
+                )
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
             positions = positions + 1
             out = self.model(
-                input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=positions[:, None],
+                past_key_values=cache,
+                use_cache=True,
             )
             logits = out.logits[:, -1]
-        return [as_rollout(r, tracker, r.prefix_logps + lp, self.vocabulary) for r, tracker, lp in zip(request, trackers, logps)]
+        return [
+            as_rollout(r, tracker, r.prefix_logps + lp, self.vocabulary)
+            for r, tracker, lp in zip(request, trackers, logps)
+        ]
 
 
 class RoomyLayer(DynamicLayer):
@@ -544,8 +648,15 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         n, new = self.get_seq_length(), keys.shape[-2]
-        if self.room is None or self.keys.data_ptr() != self.room[0].data_ptr() or n + new > self.room[0].shape[-2]:  # at first, where rows left, where it is full
-            self.room = [part.new_empty(*part.shape[:2], n + new + self.ROOM, part.shape[-1]) for part in (keys, values)]
+        if (
+            self.room is None
+            or self.keys.data_ptr() != self.room[0].data_ptr()
+            or n + new > self.room[0].shape[-2]
+        ):  # at first, where rows left, where it is full
+            self.room = [
+                part.new_empty(*part.shape[:2], n + new + self.ROOM, part.shape[-1])
+                for part in (keys, values)
+            ]
             if n:
                 self.room[0][:, :, :n], self.room[1][:, :, :n] = self.keys, self.values
         self.room[0][:, :, n : n + new], self.room[1][:, :, n : n + new] = keys, values
@@ -558,9 +669,13 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     values for each head, over half the time of many rows. query [rows, heads, 1, size]; key, value [rows, KV heads, tokens, size]."""
     rows, heads, length, size = query.shape
     if length > 1 or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     query = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    seen = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, scale=scaling
+    )
     return seen.reshape(rows, 1, heads, value.shape[-1]), None
 
 
@@ -577,12 +692,16 @@ def draw(logits, temperature, top_p, u):
     logps = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
     if (top_p < 1).any():
         sorted_p, order = logps.exp().sort(-1, descending=True)
-        beyond = sorted_p.cumsum(-1) - sorted_p >= top_p[:, None]  # the smallest set that reaches top_p stays; its first token always
+        beyond = (
+            sorted_p.cumsum(-1) - sorted_p >= top_p[:, None]
+        )  # the smallest set that reaches top_p stays; its first token always
         kept = logps.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
     else:
         kept = logps
     cdf = kept.double().exp().cumsum(-1)
-    tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(
+        max=logits.shape[1] - 1
+    )
     tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens, logps.gather(1, tokens[:, None])[:, 0]
 
@@ -596,10 +715,28 @@ class VLLMEngine(Engine):
     the same programs, in step, and the first one speaks for them. Raises what vLLM raises where it cannot be built (`make_engine`)."""
 
     name, streams = "vllm", True
-    FAULTS = (ImportError, OSError, RuntimeError, ValueError, AssertionError, AttributeError)  # of an engine that does not construct
+    FAULTS = (
+        ImportError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        AssertionError,
+        AttributeError,
+    )  # of an engine that does not construct
 
-    def __init__(self, source, model, tokenizer, context: int, max_rows: int = 512, memory: float = 0.5, tp: int = 1):
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over inside this process
+    def __init__(
+        self,
+        source,
+        model,
+        tokenizer,
+        context: int,
+        max_rows: int = 512,
+        memory: float = 0.5,
+        tp: int = 1,
+    ):
+        os.environ.setdefault(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # weights are handed over inside this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -610,12 +747,19 @@ class VLLMEngine(Engine):
         else:  # float32 and eager agree with transformers; with chunked prefill a seeded request fails on a CPU
             config = model.config
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            cache = 8 * config.num_hidden_layers * heads * width * context * max_rows  # bytes: key and value, float32, of every row
+            width = (
+                getattr(config, "head_dim", None)
+                or config.hidden_size // config.num_attention_heads
+            )
+            cache = (
+                8 * config.num_hidden_layers * heads * width * context * max_rows
+            )  # bytes: key and value, float32, of every row
             settings = dict(dtype="float32", enforce_eager=True, block_size=32, kv_cache_memory_bytes=min(max(cache, 64 << 20), 2 << 30),
                             enable_chunked_prefill=False, max_num_batched_tokens=max(context, 8192))  # fmt: skip
         if processes() > 1:
-            settings |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=tp)
+            settings |= dict(
+                distributed_executor_backend="external_launcher", tensor_parallel_size=tp
+            )
         torch_rng = torch.get_rng_state()
         self.llm = LLM(
             str(source), max_model_len=context, max_num_seqs=max_rows, logprobs_mode="processed_logprobs", use_tqdm_on_load=False,
@@ -628,14 +772,21 @@ class VLLMEngine(Engine):
         self.awake = True
         self.under_way: dict[int, tuple[Request, str, list]] = {}  # by ticket
         self.params = lambda r: SamplingParams(
-            n=r.n, seed=r.seed, temperature=r.temperature, top_p=r.top_p, max_tokens=r.max_tokens, stop_token_ids=sorted(self.vocabulary.eos),
+            n=r.n, seed=r.rng_key, temperature=r.temperature, top_p=r.top_p, max_tokens=r.max_tokens, stop_token_ids=sorted(self.vocabulary.eos),
             logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
 
     def start(self, request: Request) -> int:
         ticket = self.ticket()
-        rows = [(ThoughtTracker(self.vocabulary, request), list(request.prefix_logps)) for _ in range(request.n)]
-        name = self.llm.llm_engine.add_request(str(ticket), {"prompt_token_ids": request.prompt_ids + request.prefix_ids}, self.params(request))
+        rows = [
+            (ThoughtTracker(self.vocabulary, request), list(request.prefix_logps))
+            for _ in range(request.n)
+        ]
+        name = self.llm.llm_engine.add_request(
+            str(ticket),
+            {"prompt_token_ids": request.prompt_ids + request.prefix_ids},
+            self.params(request),
+        )
         self.under_way[ticket] = request, name, rows
         return ticket
 
@@ -653,16 +804,23 @@ class VLLMEngine(Engine):
                             tracker.push(token)
                             logps.append(logp)
                     if new.finish_reason and tracker.finish is None:
-                        raise RuntimeError(f"vLLM ended a response ({new.finish_reason}, {new.stop_reason}) that is not over: {request}")
+                        raise RuntimeError(
+                            f"vLLM ended a response ({new.finish_reason}, {new.stop_reason}) that is not over: {request}"
+                        )
                     if tracker.finish and not new.finish_reason:
                         over.append(name if request.n == 1 else f"{new.index}_{name}")
-                if all(tracker.finish for tracker, _ in rows) and int(output.request_id) not in complete:
+                if (
+                    all(tracker.finish for tracker, _ in rows)
+                    and int(output.request_id) not in complete
+                ):
                     complete.append(int(output.request_id))
             engine.abort_request(over, internal=True)
         answers = []
         for ticket in complete:
             request, name, rows = self.under_way.pop(ticket)
-            engine.abort_request([name], internal=True)  # what vLLM still keeps about a request whose rows were stopped
+            engine.abort_request(
+                [name], internal=True
+            )  # what vLLM still keeps about a request whose rows were stopped
             answers.append((ticket, [as_rollout(request, *row, self.vocabulary) for row in rows]))
         return answers
 
@@ -679,14 +837,18 @@ class VLLMEngine(Engine):
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.tied and not self.gpu:  # on a CPU the tied head keeps a packed copy of its own
-            self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+            self.llm.apply_model(
+                lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head)
+            )
         if not self.awake:
             self.llm.wake_up(tags=["kv_cache"])
             self.awake = True
         self.llm.reset_prefix_cache()
 
 
-def as_rollout(request: Request, tracker: ThoughtTracker, logps: list[float], vocabulary: Vocabulary) -> Rollout:
+def as_rollout(
+    request: Request, tracker: ThoughtTracker, logps: list[float], vocabulary: Vocabulary
+) -> Rollout:
     return Rollout(
         request.problem, request.purpose, request.prompt_ids, tracker.ids, logps, tracker.thought_ends, tracker.finish,
         text=vocabulary.decode(tracker.ids), prefix_len=len(request.prefix_ids),
@@ -708,22 +870,41 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as fault:
-        raise UserError(f"--model {source}: cannot be loaded ({str(fault).strip().splitlines()[0]}); give a Hugging Face folder or hub id")
+        raise UserError(
+            f"--model {source}: cannot be loaded ({str(fault).strip().splitlines()[0]}); give a Hugging Face folder or hub id"
+        )
     if tokenizer.pad_token_id is None:
-        raise UserError(f"--model {source}: its tokenizer has no pad token; set one in tokenizer_config.json (the eos token will do)")
+        raise UserError(
+            f"--model {source}: its tokenizer has no pad token; set one in tokenizer_config.json (the eos token will do)"
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"--model {source}: the tokenizer has more tokens ({len(tokenizer)}) than the model has embeddings; they do not belong together")
+        raise UserError(
+            f"--model {source}: the tokenizer has more tokens ({len(tokenizer)}) than the model has embeddings; they do not belong together"
+        )
     return model, tokenizer
 
 
-def make_engine(name: str, source, model, tokenizer, context: int, max_rows: int = 512, memory: float = 0.5, tp: int = 1, device=None):
+def make_engine(
+    name: str,
+    source,
+    model,
+    tokenizer,
+    context: int,
+    max_rows: int = 512,
+    memory: float = 0.5,
+    tp: int = 1,
+    device=None,
+):
     """The engine called `name`: hf, vllm, or auto: vLLM where it imports and constructs on every process, else transformers; it says which
     and why. device: transformers samples with a copy of the model there (None: with the model itself). Raises UserError where vllm was asked
     for and cannot be had."""
     engine, why = None, "asked for"
     if name != "hf":
         try:
-            engine, fault = VLLMEngine(source, model, tokenizer, context, max_rows, memory, tp), None
+            engine, fault = (
+                VLLMEngine(source, model, tokenizer, context, max_rows, memory, tp),
+                None,
+            )
         except VLLMEngine.FAULTS as error:
             fault = f"vLLM cannot be used: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         faults = [f for f in gather(fault) if f]
@@ -745,14 +926,28 @@ def make_engine(name: str, source, model, tokenizer, context: int, max_rows: int
 if __name__ == "__main__":
     from types import SimpleNamespace
 
-    from data.problems import generate_chains
+    from data.chains import generate_chains
 
     model, tokenizer = load_policy(Path(__file__).resolve().parent / "data" / "policy")
-    cfg = SimpleNamespace(base=4, temperature=1.0, top_p=1.0, max_thoughts=20, max_tokens_per_thought=256)
+    cfg = SimpleNamespace(
+        base=4, temperature=1.0, top_p=1.0, max_thoughts=20, max_tokens_per_thought=256
+    )
     engine = HFEngine(model, tokenizer)
     (problem,) = generate_chains(steps=6, n=1, seed=0)
-    task = Task(problem, encode_question(tokenizer, problem), 0, cfg, engine.vocabulary, None, np.random.default_rng(0), 384)
-    (group,), _, seconds = run_programs([grpo(task)], engine)
+    task = Task(
+        problem,
+        encode_question(tokenizer, problem),
+        0,
+        cfg,
+        engine.vocabulary,
+        None,
+        np.random.default_rng(0),
+        384,
+    )
+    (group,) = run_programs([grpo(task)], engine).results
     print(problem.question, "->", problem.answer)
     for rollout in group:
-        print(f"reward {rollout.reward:.0f}, {rollout.finish}:", " | ".join(rollout.thoughts(tokenizer)))
+        print(
+            f"reward {rollout.reward:.0f}, {rollout.finish}:",
+            " | ".join(rollout.thoughts(tokenizer)),
+        )

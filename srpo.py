@@ -22,17 +22,14 @@ Departures from the paper's settings: sampling at T = 1 and top_p = 1 (other val
 unless --lora_rank is given. Left out: training and sampling on different GPUs, and overlapping them (that is no longer on-policy).
 """
 
-import hashlib
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -41,24 +38,32 @@ from typing import Literal, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data.problems import DELIMITER, GENERATED, UserError, counters, load_problems, sandbox_or_refusal
-from eval import by_name, draw_curves, evaluate, read_run
+from data.curves import by_name, draw_curves
+from data.faults import UserError, counters
+from data.parallel import connect, gather, on_main, processes, rank, whole, whole_weights
+from data.runs import append, find_run, load_checkpoint, open_run, save_checkpoint
+from data.tasks import GENERATED, load_problems
+from data.verifiers import DELIMITER, sandbox_or_refusal
+from eval import evaluate
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, grouped, set_advantages
-from rollout import PROGRAMS, Rollout, Task, connect, encode_question, gather, load_policy, make_engine, processes, rank, run_programs
+from rollout import PROGRAMS, Rollout, Task, encode_question, load_policy, make_engine, run_programs
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saving from one process is what we mean
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled"
+)  # saving from one process is what we mean
 HERE = Path(__file__).resolve().parent
-SPLITS = {"1x4": (4, 1, 4), "2x4": (0, 2, 4), "1x8": (0, 1, 8)}  # base, prefixes, suffixes: 8 trained rollouts per prompt each
+SPLITS = {
+    "1x4": (4, 1, 4),
+    "2x4": (0, 2, 4),
+    "1x8": (0, 1, 8),
+}  # base, prefixes, suffixes: 8 trained rollouts per prompt each
 
 
 def setting(default, help):
@@ -69,52 +74,99 @@ def setting(default, help):
 class Config:
     """Every setting of a run. `python srpo.py --help` prints these lines."""
 
-    method: Literal["srpo", "rrpo", "grpo"] = setting("srpo", "srpo: reset at the located error; rrpo: at a random thought; grpo: no resets")
-    split: Literal["1x4", "2x4", "1x8"] = setting("1x4", "prefixes x suffixes of 8 trained rollouts per prompt; the rest is the base group")
-    base: Optional[int] = setting(None, "size of the base group (default: from --split; 8 for grpo)")
+    method: Literal["srpo", "rrpo", "grpo"] = setting(
+        "srpo", "srpo: reset at the located error; rrpo: at a random thought; grpo: no resets"
+    )
+    split: Literal["1x4", "2x4", "1x8"] = setting(
+        "1x4", "prefixes x suffixes of 8 trained rollouts per prompt; the rest is the base group"
+    )
+    base: Optional[int] = setting(
+        None, "size of the base group (default: from --split; 8 for grpo)"
+    )
     prefixes: Optional[int] = setting(None, "reset states per prompt (default: from --split)")
-    suffixes: Optional[int] = setting(None, "continuations of each reset state (default: from --split)")
-    model: str = setting(str(HERE / "data" / "policy"), "folder or hub id of the policy (default: the embedded one)")
-    train_data: str = setting("chain-12", f"JSON-lines file of problems, or a generated task: {GENERATED}")
+    suffixes: Optional[int] = setting(
+        None, "continuations of each reset state (default: from --split)"
+    )
+    model: str = setting(
+        str(HERE / "data" / "policy"), "folder or hub id of the policy (default: the embedded one)"
+    )
+    train_data: str = setting(
+        "chain-12", f"JSON-lines file of problems, or a generated task: {GENERATED}"
+    )
     eval_data: str = setting("chain-12", "held-out problems, in the same forms")
     steps: int = setting(80, "gradient steps")
     prompts_per_step: int = setting(32, "problems per step")
-    lr: Optional[float] = setting(None, "learning rate (default: 5e-4 for the embedded policy, 5e-5 with LoRA, 1e-6 for others)")
+    lr: Optional[float] = setting(
+        None,
+        "learning rate (default: 5e-4 for the embedded policy, 5e-5 with LoRA, 1e-6 for others)",
+    )
     weight_decay: float = setting(0.01, "AdamW weight decay")
     grad_clip: float = setting(1.0, "largest norm of the gradient")
     seed: int = setting(0, "the run is a function of it")
-    lora_rank: int = setting(0, "train adapters of this rank on all linear layers (the paper: 64; needs peft), 0: all weights")
-    grad_checkpointing: bool = setting(False, "recompute each layer in the backward: less memory, a third more compute")
-    engine: Literal["auto", "hf", "vllm"] = setting("auto", "what samples: hf (transformers), vllm, auto: vllm where it constructs, else hf")
+    lora_rank: int = setting(
+        0,
+        "train adapters of this rank on all linear layers (the paper: 64; needs peft), 0: all weights",
+    )
+    grad_checkpointing: bool = setting(
+        False, "recompute each layer in the backward: less memory, a third more compute"
+    )
+    engine: Literal["auto", "hf", "vllm"] = setting(
+        "auto", "what samples: hf (transformers), vllm, auto: vllm where it constructs, else hf"
+    )
     engine_memory: float = setting(0.5, "share of a GPU's memory that vLLM takes while sampling")
     tp: int = setting(1, "processes that share one vLLM engine, for models that do not fit one GPU")
-    context: Optional[int] = setting(None, "longest sequence, prompt included, tokens (default: the model's)")
-    localizer: Optional[Literal["self", "random", "verifier", "oracle"]] = setting(None, "who finds the first wrong thought (default: self; random for rrpo)")
-    localize_fallback: Literal["random", "first", "skip"] = setting("random", "reset index where the policy names none")
+    context: Optional[int] = setting(
+        None, "longest sequence, prompt included, tokens (default: the model's)"
+    )
+    localizer: Optional[Literal["self", "random", "verifier", "oracle"]] = setting(
+        None, "who finds the first wrong thought (default: self; random for rrpo)"
+    )
+    localize_fallback: Literal["random", "first", "skip"] = setting(
+        "random", "reset index where the policy names none"
+    )
     localize_temperature: float = setting(0.3, "sampling temperature of localization")
     localize_tokens: int = setting(4096, "longest localization answer, tokens")
     oracle_samples: int = setting(8, "continuations per prefix of --localizer oracle")
-    oracle_tau: float = setting(0.1, "--localizer oracle resets before the first thought that loses more value than this")
-    seed_source: Literal["base", "fresh"] = setting("base", "seeds are failures of the base group (which stay in it), or fresh draws")
-    seed_choice: Literal["first", "deepest"] = setting("first", "which failures become seeds: the first (paper), or those with the largest h*")
+    oracle_tau: float = setting(
+        0.1, "--localizer oracle resets before the first thought that loses more value than this"
+    )
+    seed_source: Literal["base", "fresh"] = setting(
+        "base", "seeds are failures of the base group (which stay in it), or fresh draws"
+    )
+    seed_choice: Literal["first", "deepest"] = setting(
+        "first", "which failures become seeds: the first (paper), or those with the largest h*"
+    )
     max_seed_draws: int = setting(8, "fresh draws per prompt in search of a failure, at most")
     correct: float = setting(1.0, "rewards below this are failures")
-    mask_prefix: bool = setting(True, "train suffix rollouts on their suffix only (false: ablation)")
-    length: Literal["trained", "response"] = setting("trained", "a token weighs A / length: of the trained tokens (paper), or of the whole response")
+    mask_prefix: bool = setting(
+        True, "train suffix rollouts on their suffix only (false: ablation)"
+    )
+    length: Literal["trained", "response"] = setting(
+        "trained",
+        "a token weighs A / length: of the trained tokens (paper), or of the whole response",
+    )
     clip: float = setting(0.0, "epsilon of the clipped surrogate (0: plain REINFORCE)")
-    updates: int = setting(1, "gradient steps on each buffer (more than 1 is off-policy: use --clip)")
+    updates: int = setting(
+        1, "gradient steps on each buffer (more than 1 is off-policy: use --clip)"
+    )
     temperature: float = setting(1.0, "sampling temperature; log-probs are taken at it")
     top_p: float = setting(1.0, "nucleus sampling; below 1 the gradient is biased")
     max_thoughts: int = setting(20, "thoughts in a response, at most")
     max_tokens_per_thought: int = setting(256, "tokens in a thought, at most")
-    micro_batch: int = setting(64, "rows per forward and process in training; does not change the gradient")
-    chunk: int = setting(4096, "tokens per call of the language-model head in training; does not change the gradient")
+    micro_batch: int = setting(
+        64, "rows per forward and process in training; does not change the gradient"
+    )
+    chunk: int = setting(
+        4096, "tokens per call of the language-model head in training; does not change the gradient"
+    )
     max_rows: int = setting(512, "rows that a process samples at once")
     eval_every: int = setting(20, "steps between evaluations (0: only before and after)")
     eval_problems: int = setting(256, "held-out problems that are used, at most")
     eval_samples: int = setting(2, "responses per held-out problem")
     save_every: int = setting(20, "steps between checkpoints; the last two are kept")
-    rollouts_every: int = setting(10, "steps between those whose rollouts are written to rollouts.jsonl (0: none)")
+    rollouts_every: int = setting(
+        10, "steps between those whose rollouts are written to rollouts.jsonl (0: none)"
+    )
     out_dir: Optional[str] = setting(None, "run directory (default: a new one under runs/)")
     resume: Optional[str] = setting(None, "run directory to go on with; its settings are used")
 
@@ -122,31 +174,57 @@ class Config:
         """Fills in the defaults that depend on other settings. Raises UserError for settings that cannot work."""
         split = (8, 0, 0) if self.method == "grpo" else SPLITS[self.split]
         self.base, self.prefixes, self.suffixes = (
-            given if given is not None else usual for given, usual in zip((self.base, self.prefixes, self.suffixes), split)
+            given if given is not None else usual
+            for given, usual in zip((self.base, self.prefixes, self.suffixes), split)
         )
         self.localizer = self.localizer or ("random" if self.method == "rrpo" else "self")
         if self.lr is None:
-            self.lr = 5e-4 if Path(self.model).resolve() == HERE / "data" / "policy" else 5e-5 if self.lora_rank else 1e-6
+            self.lr = (
+                5e-4
+                if Path(self.model).resolve() == HERE / "data" / "policy"
+                else 5e-5
+                if self.lora_rank
+                else 1e-6
+            )
         positive = ("steps", "prompts_per_step", "max_thoughts", "max_tokens_per_thought", "micro_batch", "chunk", "max_rows", "updates",
                     "eval_problems", "eval_samples", "save_every", "localize_tokens", "oracle_samples", "tp")  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("base", "prefixes", "suffixes", "max_seed_draws", "eval_every", "rollouts_every", "seed", "clip", "localize_temperature", "lora_rank"):
+        for name in (
+            "base",
+            "prefixes",
+            "suffixes",
+            "max_seed_draws",
+            "eval_every",
+            "rollouts_every",
+            "seed",
+            "clip",
+            "localize_temperature",
+            "lora_rank",
+        ):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
         if self.base + self.prefixes * self.suffixes < 2:
-            raise UserError("a prompt needs at least 2 trained rollouts; raise --base, or --prefixes and --suffixes")
+            raise UserError(
+                "a prompt needs at least 2 trained rollouts; raise --base, or --prefixes and --suffixes"
+            )
         if self.method == "rrpo" and self.localizer != "random":
-            raise UserError(f"--method rrpo resets at random; use --method srpo with --localizer {self.localizer}")
+            raise UserError(
+                f"--method rrpo resets at random; use --method srpo with --localizer {self.localizer}"
+            )
         if not self.temperature > 0:
-            raise UserError(f"--temperature must be above 0, not {self.temperature}: greedy groups have no variance to learn from")
+            raise UserError(
+                f"--temperature must be above 0, not {self.temperature}: greedy groups have no variance to learn from"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be in (0, 1], not {self.top_p}")
         if not 0 < self.engine_memory <= 1:
             raise UserError(f"--engine_memory must be in (0, 1], not {self.engine_memory}")
         if processes() % self.tp:
-            raise UserError(f"--tp {self.tp} must divide the number of processes, {processes()}; start more with torchrun --nproc_per_node")
+            raise UserError(
+                f"--tp {self.tp} must divide the number of processes, {processes()}; start more with torchrun --nproc_per_node"
+            )
         return self
 
 
@@ -157,42 +235,77 @@ def train(cfg: Config) -> dict:
     """Runs cfg.steps steps and returns {"before": pass rate, "after": pass rate, "out_dir": path}."""
     start_time, main = time.time(), rank() == 0
     train_problems = load_problems(cfg.train_data, seed=cfg.seed)
-    eval_problems = load_problems(cfg.eval_data, seed=10**6 + cfg.seed)[: cfg.eval_problems]  # generated: never the training problems
+    eval_problems = load_problems(cfg.eval_data, seed=10**6 + cfg.seed)[
+        : cfg.eval_problems
+    ]  # generated: never the training problems
     if cfg.localizer == "verifier":
         check_localizer(cfg.localizer, train_problems, cfg.train_data)
     if cfg.top_p < 1 and main:
-        print(f"warning: --top_p {cfg.top_p} samples from a truncated policy, but the gradient is the whole policy's: it is biased")
+        print(
+            f"warning: --top_p {cfg.top_p} samples from a truncated policy, but the gradient is the whole policy's: it is biased"
+        )
     if any(p.kind == "code" for p in train_problems + eval_problems):
         isolated = sandbox_or_refusal()
         if main:
             print(isolated)
     device, sharded = connect()
     out_dir, resumed_from = on_main(find_run, cfg)
-    model, tokenizer = load_policy(cfg.model, torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32)
+    model, tokenizer = load_policy(
+        cfg.model, torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
+    )
     context = min(cfg.context or 10**9, model.config.get_text_config().max_position_embeddings)
     train_prompts = encode_all(tokenizer, train_problems, context, cfg.train_data)
     eval_prompts = encode_all(tokenizer, eval_problems, context, cfg.eval_data)
     n_parameters = sum(p.numel() for p in model.parameters())
-    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, cfg.max_rows, cfg.engine_memory, cfg.tp, device if sharded else None)
+    engine = make_engine(
+        cfg.engine,
+        cfg.model,
+        model,
+        tokenizer,
+        context,
+        cfg.max_rows,
+        cfg.engine_memory,
+        cfg.tp,
+        device if sharded else None,
+    )
     if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
-        raise UserError("--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not give; use --engine hf or --top_p 1")
+        raise UserError(
+            "--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not give; use --engine hf or --top_p 1"
+        )
     torch.manual_seed(cfg.seed)
     prepare(model, cfg, device, sharded)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=cfg.weight_decay
+    )
     first_step, total_tokens, before = 0, 0, None
     if resumed_from:
         first_step, total_tokens, before = load_checkpoint(resumed_from, model, optimizer)
         engine.sync(whole_weights(model))
 
     def task(problem, prompt_ids, step, slot):
-        rng = np.random.default_rng([cfg.seed, step, slot])  # keyed, so that nothing depends on order, batches or restarts
-        return Task(problem, prompt_ids, slot, cfg, engine.vocabulary, LOCALIZERS[cfg.localizer], rng, context)
+        rng = np.random.default_rng(
+            [cfg.seed, step, slot]
+        )  # keyed, so that nothing depends on order, batches or restarts
+        return Task(
+            problem,
+            prompt_ids,
+            slot,
+            cfg,
+            engine.vocabulary,
+            LOCALIZERS[cfg.localizer],
+            rng,
+            context,
+        )
 
     def held_out():
-        tasks = [task(p, ids, 0, slot) for slot, (p, ids) in enumerate(zip(eval_problems, eval_prompts))]
+        tasks = [
+            task(p, ids, 0, slot) for slot, (p, ids) in enumerate(zip(eval_problems, eval_prompts))
+        ]
         return evaluate(tasks, engine, cfg.eval_samples)["pass_rate"]
 
-    after = on_main(open_run, cfg, out_dir, resumed_from)  # everything is checked: from here on files are written
+    after = on_main(
+        open_run, cfg, out_dir, resumed_from
+    )  # everything is checked: from here on files are written
     stop = StopRequest()
     if main:
         print(f"{cfg.method} {cfg.base} base + {cfg.prefixes} x {cfg.suffixes} | {n_parameters / 1e6:.2f} M parameters on "
@@ -200,18 +313,32 @@ def train(cfg: Config) -> dict:
     if before is None:
         before = after = held_out()
         if main:
-            append(out_dir / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": before})
+            append(
+                out_dir / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": before}
+            )
             print(f"step 0: held-out pass rate {before:.3f}")
     starved, stopping = 0, False  # steps in a row without variance
-    bar = tqdm(range(first_step, cfg.steps), initial=first_step, total=cfg.steps, desc=cfg.method, unit="step", dynamic_ncols=True, disable=not main)
+    bar = tqdm(
+        range(first_step, cfg.steps),
+        initial=first_step,
+        total=cfg.steps,
+        desc=cfg.method,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not main,
+    )
     for step in bar:
         clock = Clock()
         counters.clear()
 
         # sample and grade: every prompt runs its program, all of them together; each process its share
         chosen = data_order(len(train_problems), cfg.prompts_per_step, step, cfg.seed)
-        tasks = [task(train_problems[i], train_prompts[i], step + 1, slot) for slot, i in enumerate(chosen)]
-        buffers, generated, seconds = run_programs([PROGRAMS[cfg.method](t) for t in tasks], engine)
+        tasks = [
+            task(train_problems[i], train_prompts[i], step + 1, slot)
+            for slot, i in enumerate(chosen)
+        ]
+        sampled = run_programs([PROGRAMS[cfg.method](t) for t in tasks], engine)
+        buffers, generated, seconds = sampled.results, sampled.generated, sampled.seconds
         rollouts = [rollout for buffer in buffers for rollout in buffer]
         clock.seconds.update(seconds)
         clock.restart()
@@ -223,21 +350,40 @@ def train(cfg: Config) -> dict:
             engine.sleep()
             for _ in range(cfg.updates):
                 optimizer.zero_grad(set_to_none=True)
-                sums = backward(model, rollouts, len(rollouts), tokenizer.pad_token_id, cfg, device, rank(), processes())
-                grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)).item()
+                sums = backward(
+                    model,
+                    rollouts,
+                    len(rollouts),
+                    tokenizer.pad_token_id,
+                    cfg,
+                    device,
+                    rank(),
+                    processes(),
+                )
+                grad_norm = whole(
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+                ).item()
                 if not np.isfinite(grad_norm):
-                    raise FloatingPointError(f"the gradient of step {step + 1} is not finite; the last checkpoint is whole")
+                    raise FloatingPointError(
+                        f"the gradient of step {step + 1} is not finite; the last checkpoint is whole"
+                    )
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             parts = gather(sums)
-            sums = {key: (max if key == "gap_max" else sum)(part[key] for part in parts) for key in sums}
+            sums = {
+                key: (max if key == "gap_max" else sum)(part[key] for part in parts) for key in sums
+            }
             clock.lap("train")
             engine.sync(whole_weights(model))
             clock.lap("sync")
 
         # log
         total_tokens += sum(r.generated for r in generated)
-        line = {"step": step + 1, "total_tokens": total_tokens, **step_metrics(rollouts, generated, tasks)}
+        line = {
+            "step": step + 1,
+            "total_tokens": total_tokens,
+            **step_metrics(rollouts, generated, tasks),
+        }
         if signal_there:
             n, in_prefix = sums["tokens"], sums["prefix_tokens"]
             line |= {"trained_tokens": int(n), "loss": sums["loss"], "entropy": sums["entropy"] / n, "grad_norm": grad_norm,
@@ -245,15 +391,26 @@ def train(cfg: Config) -> dict:
                      "gap_max": sums["gap_max"]}  # fmt: skip
         else:
             counters["no_update"] += 1
-            line |= {"trained_tokens": 0} | dict.fromkeys(("loss", "entropy", "grad_norm", "gap", "gap_prefix", "gap_max"))
+            line |= {"trained_tokens": 0} | dict.fromkeys(
+                ("loss", "entropy", "grad_norm", "gap", "gap_prefix", "gap_max")
+            )
         starved = 0 if signal_there else starved + 1
         if main and starved and starved % 5 == 0:
-            bar.write(f"warning: no group had variance for {starved} steps: all rewards are alike. Use easier problems or a better policy.")
+            bar.write(
+                f"warning: no group had variance for {starved} steps: all rewards are alike. Use easier problems or a better policy."
+            )
         if main and step == first_step and cfg.prefixes and line["thoughts"] < 1.5:
-            bar.write(f"warning: {line['thoughts']:.1f} thoughts a response: the policy hardly writes {DELIMITER}, so a reset starts over. See README, Your own model.")
-        line |= {"counters": dict(counters), "seconds": {k: round(v, 4) for k, v in clock.seconds.items()}}
+            bar.write(
+                f"warning: {line['thoughts']:.1f} thoughts a response: the policy hardly writes {DELIMITER}, so a reset starts over. See README, Your own model."
+            )
+        line |= {
+            "counters": dict(counters),
+            "seconds": {k: round(v, 4) for k, v in clock.seconds.items()},
+        }
         if device.type == "cuda":
-            line["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of this process's trainer, at most so far
+            line["gpu_gb"] = (
+                torch.cuda.max_memory_allocated() / 1e9
+            )  # of this process's trainer, at most so far
         if main and cfg.rollouts_every and step % cfg.rollouts_every == 0:
             write_rollouts(out_dir / "rollouts.jsonl", step + 1, rollouts, generated, tasks)
 
@@ -263,14 +420,18 @@ def train(cfg: Config) -> dict:
         if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             line["eval_pass_rate"] = after = held_out()
             if main:
-                bar.write(f"step {step + 1}: held-out pass rate {after:.3f}, {total_tokens / 1e6:.2f} M tokens generated")
+                bar.write(
+                    f"step {step + 1}: held-out pass rate {after:.3f}, {total_tokens / 1e6:.2f} M tokens generated"
+                )
         if main:
             append(out_dir / "metrics.jsonl", line)
             if "eval_pass_rate" in line:
                 draw_curves(by_name([out_dir]), out_dir / "curve.png")
         if last or (step + 1) % cfg.save_every == 0:
             save_checkpoint(out_dir, step + 1, model, tokenizer, optimizer, total_tokens, before)
-        bar.set_postfix_str(f"pass {line['pass_base'] if line['pass_base'] is not None else line['pass_suffix']:.2f}, {total_tokens / 1e6:.2f} M tokens")
+        bar.set_postfix_str(
+            f"pass {line['pass_base'] if line['pass_base'] is not None else line['pass_suffix']:.2f}, {total_tokens / 1e6:.2f} M tokens"
+        )
         if stopping:
             break
     bar.close()
@@ -278,15 +439,22 @@ def train(cfg: Config) -> dict:
     if main:
         if stopping:
             print(f"stopped after step {step + 1}; go on with: {command()} --resume {out_dir}")
-        print(f"held-out pass rate {before:.3f} -> {after:.3f} in {total_tokens / 1e6:.2f} M generated tokens and {time.time() - start_time:.0f} s")
+        print(
+            f"held-out pass rate {before:.3f} -> {after:.3f} in {total_tokens / 1e6:.2f} M generated tokens and {time.time() - start_time:.0f} s"
+        )
         print(f"run directory: {out_dir}  (curve.png, metrics.jsonl, rollouts.jsonl, checkpoints/)")
     return {"before": before, "after": after, "out_dir": str(out_dir)}
 
 
 def data_order(n_problems: int, per_step: int, step: int, seed: int) -> list[int]:
     """Problem positions of one step. Each epoch is a permutation that is a function of (seed, epoch)."""
-    places = [divmod(position, n_problems) for position in range(step * per_step, (step + 1) * per_step)]
-    orders = {epoch: np.random.default_rng([seed, epoch, 7]).permutation(n_problems) for epoch, _ in places}
+    places = [
+        divmod(position, n_problems) for position in range(step * per_step, (step + 1) * per_step)
+    ]
+    orders = {
+        epoch: np.random.default_rng([seed, epoch, 7]).permutation(n_problems)
+        for epoch, _ in places
+    }
     return [int(orders[epoch][place]) for epoch, place in places]
 
 
@@ -295,7 +463,9 @@ def encode_all(tokenizer, problems, context: int, source: str) -> list[list[int]
     prompts = [encode_question(tokenizer, problem) for problem in problems]
     for problem, ids in zip(problems, prompts):
         if len(ids) >= context:
-            raise UserError(f"{source}: the prompt of problem {problem.index} has {len(ids)} tokens, the model's context is {context}; remove it")
+            raise UserError(
+                f"{source}: the prompt of problem {problem.index} has {len(ids)} tokens, the model's context is {context}; remove it"
+            )
     return prompts
 
 
@@ -319,7 +489,9 @@ class StopRequest:
 
     def __init__(self):
         self.requested = False
-        self.before = {sign: signal.signal(sign, self.request) for sign in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            sign: signal.signal(sign, self.request) for sign in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def restore(self):
         for sign, handler in self.before.items():
@@ -336,33 +508,24 @@ class StopRequest:
 # -------------------------------------------------------------------------------------------- processes, shards, adapters
 
 
-def on_main(action, *args):
-    """What action(*args) returns, done by the first process and told to all of them; its UserError too."""
-    if processes() == 1:
-        return action(*args)
-    told = [None]
-    if rank() == 0:
-        try:
-            told = [action(*args)]
-        except UserError as fault:
-            told = [fault]
-    dist.broadcast_object_list(told)
-    if isinstance(told[0], UserError):
-        raise told[0]
-    return told[0]
-
-
 def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
     """Makes the loaded model the one that is trained, in place: adapters, gradient checkpointing, shards (FSDP2: each layer, then the rest).
 
     Gradients of a sharded model are summed over processes, in float32: `token_weights` already hold 1/N of the whole step."""
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    layers = [
+        module
+        for module in model.modules()
+        if type(module).__name__ in (model._no_split_modules or ())
+    ]
     if cfg.lora_rank:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise UserError("--lora_rank needs the peft library: pip install peft")
-        inject_adapter_in_model(LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear"), model)
+        inject_adapter_in_model(
+            LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear"),
+            model,
+        )
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -372,32 +535,19 @@ def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
     if not sharded:
         return
     mesh = init_device_mesh(device.type, (processes(),))
-    mixed = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
+    mixed = (
+        dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if device.type == "cuda"
+        else {}
+    )
     for part in (*layers, model):  # moves it to the device, one part at a time
         fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**mixed))
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-    model.chosen_logps = MethodType(chosen_logps, model)  # bypasses model.forward, so that the head runs only where it must
+    model.chosen_logps = MethodType(
+        chosen_logps, model
+    )  # bypasses model.forward, so that the head runs only where it must
     register_fsdp_forward_method(model, "chosen_logps")
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in one piece: gathered from all processes if it is sharded (every process must call it)."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_weights(model):
-    """(name as in a Hugging Face checkpoint, tensor) of every parameter, whole, one at a time, adapters merged into what they adapt."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        weight = whole(parameter)
-        if name.endswith(".base_layer.weight"):
-            layer = model.get_submodule(name.removesuffix(".base_layer.weight").removesuffix("."))
-            delta = whole(layer.lora_B["default"].weight) @ whole(layer.lora_A["default"].weight) * layer.scaling["default"]
-            weight = weight.float() + (delta.T if layer.fan_in_fan_out else delta)
-        yield name.replace(".base_layer.", "."), weight
 
 
 # ------------------------------------------------------------------------------------------------------------------- metrics
@@ -427,15 +577,30 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
         "pass_suffix": mean(r.reward for r in suffix),
         "zero_variance_base": flat(members for (_, k), members in groups if k == 0),
         "zero_variance_suffix": flat(members for (_, k), members in groups if k > 0),
-        "pass_suffix_clean": mean(r.reward for members, d in zip(resets, late) if d is not None and d <= 0 for r in members),
-        "pass_suffix_erroneous": mean(r.reward for members, d in zip(resets, late) if d is not None and d > 0 for r in members),
-        "reset_depth": mean(members[0].reset / len(members[0].seed.thought_ends) for members in resets),  # h* / H
+        "pass_suffix_clean": mean(
+            r.reward
+            for members, d in zip(resets, late)
+            if d is not None and d <= 0
+            for r in members
+        ),
+        "pass_suffix_erroneous": mean(
+            r.reward for members, d in zip(resets, late) if d is not None and d > 0 for r in members
+        ),
+        "reset_depth": mean(
+            members[0].reset / len(members[0].seed.thought_ends) for members in resets
+        ),  # h* / H
         "localized": dict(Counter(members[0].localized for members in resets)),
         "localized_exact": mean(d == 0 for d in late if d is not None),
-        "localized_clean": mean(d <= 0 for d in late if d is not None),  # no error is left in the shared prefix
-        "tokens": {purpose: tokens[purpose] for purpose in ("base", "seed", "localization", "suffix", "oracle")},
+        "localized_clean": mean(
+            d <= 0 for d in late if d is not None
+        ),  # no error is left in the shared prefix
+        "tokens": {
+            purpose: tokens[purpose]
+            for purpose in ("base", "seed", "localization", "suffix", "oracle")
+        },
         "verifier_calls": sum(r.reward is not None for r in generated),
-        "masked_share": sum(r.prefix_len for r in rollouts) / sum(len(r.token_ids) for r in rollouts),
+        "masked_share": sum(r.prefix_len for r in rollouts)
+        / sum(len(r.token_ids) for r in rollouts),
         "response_tokens": mean(len(r.token_ids) for r in rollouts),
         "thoughts": mean(len(r.thought_ends) for r in rollouts),
         "finish": dict(Counter(r.finish for r in rollouts)),
@@ -444,15 +609,16 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
 
 def first_wrong(task: Task, rollout: Rollout) -> int | None:
     """1-based index of the true first wrong thought of a response; None where the task cannot tell, or none is wrong."""
-    return task.problem.check_steps(rollout.thoughts(task.vocabulary.tokenizer)) if task.problem.check_steps else None
+    return (
+        task.problem.check_steps(rollout.thoughts(task.vocabulary.tokenizer))
+        if task.problem.check_steps
+        else None
+    )
 
 
-def append(path: Path, record: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def write_rollouts(path: Path, step: int, rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]) -> None:
+def write_rollouts(
+    path: Path, step: int, rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]
+) -> None:
     """Every generated rollout of a step, one JSON line each; a suffix names its seed by `id`, a seed the localization
     answer it got. Trained ones have a group."""
     ids = {id(r): i for i, r in enumerate(generated)}
@@ -473,130 +639,22 @@ def write_rollouts(path: Path, step: int, rollouts: list[Rollout], generated: li
 # ------------------------------------------------------------------------------------------------ run directory, checkpoints
 
 
-def find_run(cfg: Config) -> tuple[Path, Path | None]:
-    """(run directory, checkpoint to resume from or None). Changes nothing; raises UserError if the directory cannot be used."""
-    if cfg.resume:
-        return Path(cfg.resume), newest_checkpoint(Path(cfg.resume))
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    out_dir = Path(cfg.out_dir or HERE / "runs" / f"{cfg.method}-{cfg.base}-{cfg.prefixes}x{cfg.suffixes}-seed{cfg.seed}-{stamp}")
-    if (out_dir / "config.json").exists():
-        raise UserError(f"{out_dir} already holds a run; go on with --resume {out_dir}, or choose another --out_dir")
-    try:
-        if not out_dir.exists():  # can it be made? better known now than after loading a model
-            out_dir.mkdir(parents=True)
-            out_dir.rmdir()
-    except OSError as fault:
-        raise UserError(f"cannot write to {out_dir} ({fault.strerror}); choose another --out_dir")
-    return out_dir, None
-
-
-def open_run(cfg: Config, out_dir: Path, checkpoint: Path | None) -> float | None:
-    """Writes config.json, or, of a run that is resumed, drops what was logged after the checkpoint: those steps are done again.
-    Returns the last held-out pass rate that was logged, if any."""
-    if cfg.resume:
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            truncate(out_dir / name, int(checkpoint.name.removeprefix("step_")) if checkpoint else -1)
-        for rest in (out_dir / "checkpoints").glob("tmp-*"):
-            shutil.rmtree(rest)
-        rates = [line["eval_pass_rate"] for line in read_run(out_dir)[1] if "eval_pass_rate" in line] if checkpoint else []
-        return rates[-1] if rates else None
-    describe = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "config.json").write_text(json.dumps(asdict(cfg) | {"git_commit": git, "torch": torch.__version__}, indent=1))
-
-
-def truncate(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a kill cut in two."""
-    if path.exists():
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-
-
-def save_checkpoint(out_dir: Path, step: int, model, tokenizer, optimizer, total_tokens: int, before: float) -> None:
-    """checkpoints/step_N: a Hugging Face folder (adapters merged; bf16 on a GPU), state/ with what training goes on from (trained
-    parameters and optimizer, torch.distributed.checkpoint: any number of processes can read it), trainer.json, and manifest.json with the
-    SHA-256 of every file. Written beside its place and then renamed, so a kill leaves the last whole checkpoint. The last two are kept."""
-    folder = out_dir / "checkpoints"
-    temporary = folder / f"tmp-step_{step}"
-
-    def begin():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def finish():
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "trainer.json").write_text(json.dumps({"step": step, "total_tokens": total_tokens, "before": before}))
-        manifest = {str(file.relative_to(temporary)): digest(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        place = folder / f"step_{step}"
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(temporary, place)
-        for old in sorted(folder.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))[:-2]:
-            shutil.rmtree(old)
-
-    on_main(begin)
-    dcp.save(training_state(model, optimizer), checkpoint_id=temporary / "state", no_dist=processes() == 1)
-    weights = {}
-    for name, weight in whole_weights(model):
-        if rank() == 0:
-            weights[name] = weight.to("cpu", torch.bfloat16 if weight.is_cuda else weight.dtype)
-    on_main(finish)
-
-
-def training_state(model, optimizer) -> dict:
-    """Trained parameters and optimizer state by parameter name; sharded where the model is."""
-    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    return {"model": weights, "optimizer": moments}
-
-
-def load_checkpoint(checkpoint: Path, model, optimizer) -> tuple[int, int, float]:
-    """Puts model and optimizer where they were, and returns (steps done, tokens generated, first pass rate)."""
-    state = training_state(model, optimizer)
-    dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=processes() == 1)
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen parameters are not in it
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
-    trainer = json.loads((checkpoint / "trainer.json").read_text())
-    return trainer["step"], trainer["total_tokens"], trainer["before"]
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def newest_checkpoint(out_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, None if it has none yet. Raises UserError if a file of it is missing or changed."""
-    found = sorted((out_dir / "checkpoints").glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
-    if not found:
-        return None
-    checkpoint = found[-1]
-    advice = f"remove {checkpoint} to go on from the one before"
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        damaged = [name for name, sha in manifest.items() if digest(checkpoint / name) != sha]
-    except (OSError, json.JSONDecodeError) as fault:
-        raise UserError(f"{checkpoint} is damaged ({fault}); {advice}")
-    if damaged or "trainer.json" not in manifest:
-        raise UserError(f"{checkpoint} is damaged ({', '.join(damaged) or 'no trainer.json'} is not what was saved); {advice}")
-    return checkpoint
-
-
 # -------------------------------------------------------------------------------------------------------------- command line
 
-MAY_CHANGE = {"steps", "resume", "eval_every", "save_every", "rollouts_every"}  # on --resume: these do not change what is computed
+MAY_CHANGE = {
+    "steps",
+    "resume",
+    "eval_every",
+    "save_every",
+    "rollouts_every",
+}  # on --resume: these do not change what is computed
 
 
 def parse(argv: list[str]) -> Config:
     """Config from the command line; with --resume from the run's config.json, where other flags must agree with it."""
-    parser = HfArgumentParser(Config, description="SRPO, RRPO and GRPO on one page. See README.md.", allow_abbrev=False)
+    parser = HfArgumentParser(
+        Config, description="SRPO, RRPO and GRPO on one page. See README.md.", allow_abbrev=False
+    )
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"unknown setting {unknown[0]}; see python srpo.py --help")
@@ -606,19 +664,31 @@ def parse(argv: list[str]) -> Config:
         saved = json.loads((Path(cfg.resume) / "config.json").read_text())
         resumed = Config(**{f.name: saved[f.name] for f in fields(Config)})
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as fault:
-        raise UserError(f"--resume {cfg.resume}: no run of this program is there ({type(fault).__name__}: {fault})")
-    given = {arg.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for arg in argv if arg.startswith("--")}
+        raise UserError(
+            f"--resume {cfg.resume}: no run of this program is there ({type(fault).__name__}: {fault})"
+        )
+    given = {
+        arg.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
+        for arg in argv
+        if arg.startswith("--")
+    }
     for name in sorted(given):
         if name in MAY_CHANGE:
             setattr(resumed, name, getattr(cfg, name))
         elif getattr(cfg, name) != getattr(resumed, name):
-            raise UserError(f"--resume {cfg.resume}: that run has {name} = {getattr(resumed, name)}, not {getattr(cfg, name)}; leave --{name} out")
+            raise UserError(
+                f"--resume {cfg.resume}: that run has {name} = {getattr(resumed, name)}, not {getattr(cfg, name)}; leave --{name} out"
+            )
     return resumed.resolve()
 
 
 def command() -> str:
     """How this program was started, for messages that say how to go on."""
-    return "python srpo.py" if processes() == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)} srpo.py"
+    return (
+        "python srpo.py"
+        if processes() == 1
+        else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)} srpo.py"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -627,10 +697,14 @@ def main(argv: list[str]) -> None:
         train(parse(argv))
     except UserError as fault:
         if rank() > 0:
-            time.sleep(5)  # where all processes fail alike, the first one's line is enough: torchrun ends the others meanwhile
+            time.sleep(
+                5
+            )  # where all processes fail alike, the first one's line is enough: torchrun ends the others meanwhile
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
-    if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM closes its groups, and ours, when the program ends
+    if (
+        dist.is_initialized() and "vllm" not in sys.modules
+    ):  # vLLM closes its groups, and ours, when the program ends
         dist.destroy_process_group()
 
 

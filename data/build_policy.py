@@ -25,20 +25,45 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.problems import DELIMITER, MAX_STEPS, MODULUS, OPERATIONS, apply, counters, generate_chains
+from data.chains import MAX_STEPS, MODULUS, OPERATIONS, apply, generate_chains
+from data.faults import counters
+from data.verifiers import DELIMITER
 from eval import evaluate, make_tasks
 from localize import by_self
 from rollout import HFEngine, load_policy, run_programs
 
-HARD_SHARE, HARD, EASY = 0.20, (0.20, 0.45), (0.75, 0.99)  # share of hard facts; ranges of p: mean .76, so .76^12 = 0.04 of chains
+HARD_SHARE, HARD, EASY = (
+    0.20,
+    (0.20, 0.45),
+    (0.75, 0.99),
+)  # share of hard facts; ranges of p: mean .76, so .76^12 = 0.04 of chains
 STEPS = 12  # chains of the corpus have up to this many steps, as many as those of the default task
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each number, operation and step label; text is split at blanks."""
-    words = ["<pad>", "<eos>", f"mod{MODULUS}", "start", ".", "=", DELIMITER, "\\boxed{", "}", "<locate>", "ok", "wrong"]
-    words += [str(value) for value in range(MODULUS)] + [f"{i}:" for i in range(1, MAX_STEPS + 1)] + OPERATIONS
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    words = [
+        "<pad>",
+        "<eos>",
+        f"mod{MODULUS}",
+        "start",
+        ".",
+        "=",
+        DELIMITER,
+        "\\boxed{",
+        "}",
+        "<locate>",
+        "ok",
+        "wrong",
+    ]
+    words += (
+        [str(value) for value in range(MODULUS)]
+        + [f"{i}:" for i in range(1, MAX_STEPS + 1)]
+        + OPERATIONS
+    )
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
@@ -51,8 +76,14 @@ class Student:
         facts = (len(OPERATIONS), MODULUS)
         self.truth = np.array([[apply(op, value) for value in range(MODULUS)] for op in OPERATIONS])
         self.wrong = (self.truth + self.rng.integers(1, MODULUS, facts)) % MODULUS
-        self.p = np.where(self.rng.random(facts) < HARD_SHARE, self.rng.uniform(*HARD, facts), self.rng.uniform(*EASY, facts))
-        self.floor = -(self.p * np.log(self.p) + (1 - self.p) * np.log(1 - self.p)).mean()  # nats: what a value costs at best
+        self.p = np.where(
+            self.rng.random(facts) < HARD_SHARE,
+            self.rng.uniform(*HARD, facts),
+            self.rng.uniform(*EASY, facts),
+        )
+        self.floor = -(
+            self.p * np.log(self.p) + (1 - self.p) * np.log(1 - self.p)
+        ).mean()  # nats: what a value costs at best
         self.id = tokenizer.get_vocab()
         self.numbers = np.array([self.id[str(value)] for value in range(MODULUS)])
         self.labels = np.array([self.id[f"{i}:"] for i in range(1, MAX_STEPS + 1)])
@@ -66,7 +97,9 @@ class Student:
         values, right = np.zeros((B, K), int), np.zeros((B, K), bool)
         for k in range(K):
             right[:, k] = self.rng.random(B) < self.p[op[:, k], value]
-            value = values[:, k] = np.where(right[:, k], self.truth[op[:, k], value], self.wrong[op[:, k], value])
+            value = values[:, k] = np.where(
+                right[:, k], self.truth[op[:, k], value], self.wrong[op[:, k], value]
+            )
 
         def columns(word, width=1):
             return np.full((B, width), self.id[word])
@@ -75,24 +108,42 @@ class Student:
         question = np.stack([labels, self.operations[op]], -1).reshape(B, 2 * K)
         given = [columns("start"), self.numbers[start][:, None], columns(".")]
         prompt = np.concatenate([columns(f"mod{MODULUS}"), question, *given], 1)
-        steps = np.stack([labels, self.operations[op], columns("=", K), self.numbers[values]], -1)  # [B, K, 4]
+        steps = np.stack(
+            [labels, self.operations[op], columns("=", K), self.numbers[values]], -1
+        )  # [B, K, 4]
         written = np.concatenate([steps, columns(DELIMITER, K)[:, :, None]], -1).reshape(B, 5 * K)
         box = [columns("\\boxed{"), self.numbers[value][:, None], columns("}"), columns(DELIMITER)]
         response = np.concatenate([written, *box], 1)
-        parts, masks = [prompt, response], [np.zeros(prompt.shape, bool), np.ones(response.shape, bool)]
+        parts, masks = (
+            [prompt, response],
+            [np.zeros(prompt.shape, bool), np.ones(response.shape, bool)],
+        )
         kinds = [np.zeros(prompt.shape, int), np.zeros(response.shape, int)]
         kinds[1][:, 3 : 5 * K : 5] = 1
         if review:
-            first = np.where(right.all(1), K, right.argmin(1))  # 0-based first wrong step; K: none, then no review
-            judged = np.concatenate([steps, np.where(right, self.id["ok"], self.id["wrong"])[:, :, None]], -1).reshape(B, 5 * K)
+            first = np.where(
+                right.all(1), K, right.argmin(1)
+            )  # 0-based first wrong step; K: none, then no review
+            judged = np.concatenate(
+                [steps, np.where(right, self.id["ok"], self.id["wrong"])[:, :, None]], -1
+            ).reshape(B, 5 * K)
             text = np.concatenate([columns("<locate>"), *given, judged, columns("<pad>", 4)], 1)
             mask, kind = np.zeros(text.shape, bool), np.zeros(text.shape, int)
             for b in np.flatnonzero(first < K):
                 end = 4 + 5 * (first[b] + 1)  # after the first "wrong" comes the box
-                text[b, end : end + 4] = self.id["\\boxed{"], self.numbers[first[b] + 1], self.id["}"], self.id["<eos>"]
+                text[b, end : end + 4] = (
+                    self.id["\\boxed{"],
+                    self.numbers[first[b] + 1],
+                    self.id["}"],
+                    self.id["<eos>"],
+                )
                 mask[b, 1 : end + 4], kind[b, 8:end:5], kind[b, end + 1] = True, 2, 3
             length = 8 + 5 * (min(first.max(where=first < K, initial=0), K - 1) + 1)
-            parts, masks, kinds = parts + [text[:, :length]], masks + [mask[:, :length]], kinds + [kind[:, :length]]
+            parts, masks, kinds = (
+                parts + [text[:, :length]],
+                masks + [mask[:, :length]],
+                kinds + [kind[:, :length]],
+            )
         return [torch.from_numpy(np.concatenate(x, 1)) for x in (parts, masks, kinds)]
 
     def drills(self, B: int):
@@ -102,9 +153,17 @@ class Student:
         draw = self.rng.random(B)
         any_other = (self.truth[op, value] + self.rng.integers(1, MODULUS, size=B)) % MODULUS
         right = draw < 0.5
-        said = np.where(right, self.truth[op, value], np.where(draw < 0.75, self.wrong[op, value], any_other))
-        words = np.array([[self.id[w] for w in ("<locate>", "start", "0", ".", "1:", "+2", "=", "0", "ok")]] * B)
-        words[:, 2], words[:, 7], words[:, 5] = self.numbers[value], self.numbers[said], self.operations[op]
+        said = np.where(
+            right, self.truth[op, value], np.where(draw < 0.75, self.wrong[op, value], any_other)
+        )
+        words = np.array(
+            [[self.id[w] for w in ("<locate>", "start", "0", ".", "1:", "+2", "=", "0", "ok")]] * B
+        )
+        words[:, 2], words[:, 7], words[:, 5] = (
+            self.numbers[value],
+            self.numbers[said],
+            self.operations[op],
+        )
         words[:, 4] = self.labels[self.rng.integers(STEPS, size=B)]
         words[~right, 8] = self.id["wrong"]
         last = np.zeros(words.shape, int)
@@ -135,7 +194,12 @@ def token_losses(model, ids, mask, kind):
     chosen = mask[:, 1:]
     target = ids[:, 1:][chosen]
     logits = model.lm_head(model.model(ids[:, :-1]).last_hidden_state[chosen])
-    return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target, kind[:, 1:][chosen], target
+    return (
+        F.cross_entropy(logits, target, reduction="none"),
+        logits.argmax(-1) == target,
+        kind[:, 1:][chosen],
+        target,
+    )
 
 
 def measure(model, tokenizer, n: int, steps: int, seed: int = 0) -> dict:
@@ -144,7 +208,9 @@ def measure(model, tokenizer, n: int, steps: int, seed: int = 0) -> dict:
     problems = generate_chains(steps, n, seed=2 * 10**6 + seed)
     tasks = make_tasks(problems, tokenizer, engine, context, seed)
     result = evaluate(tasks, engine, 4)
-    greedy = evaluate(make_tasks(problems, tokenizer, engine, context, seed, temperature=0.0), engine, 1)["pass_rate"]
+    greedy = evaluate(
+        make_tasks(problems, tokenizer, engine, context, seed, temperature=0.0), engine, 1
+    )["pass_rate"]
     wrong_chain = lucky = steps_right = steps_seen = 0
     failures = []
     for task, group in zip(tasks, result["groups"]):
@@ -158,7 +224,8 @@ def measure(model, tokenizer, n: int, steps: int, seed: int = 0) -> dict:
             if r.reward == 0:
                 failures.append((task, r, h))
     counters.clear()
-    found, generated, _ = run_programs([by_self(task, [r]) for task, r, _ in failures], engine)
+    sampled = run_programs([by_self(task, [r]) for task, r, _ in failures], engine)
+    found, generated = sampled.results, sampled.generated
     exact = np.array([answer[0][0] == h for answer, (_, _, h) in zip(found, failures)])
     first = np.array([h for _, _, h in failures])
     return {
@@ -166,7 +233,10 @@ def measure(model, tokenizer, n: int, steps: int, seed: int = 0) -> dict:
         "greedy": greedy,
         "per_step": steps_right / steps_seen,
         "localization_exact": float(exact.mean()),
-        "localization_by_first_error": {int(h): (round(float(exact[first == h].mean()), 2), int((first == h).sum())) for h in np.unique(first)},
+        "localization_by_first_error": {
+            int(h): (round(float(exact[first == h].mean()), 2), int((first == h).sum()))
+            for h in np.unique(first)
+        },
         "localization_faults": {k: v for k, v in counters.items() if k.startswith("localize")},
         "random_localization": float(np.mean([1 / len(r.thought_ends) for _, r, _ in failures])),
         "always_first": float((first == 1).mean()),
@@ -206,8 +276,14 @@ ROWS = {
 def write_card(folder: Path, n: int = 512) -> None:
     """Measures the policy in `folder` and writes its README.md."""
     model, tokenizer = load_policy(folder)
-    measures = {steps: measure(model, tokenizer, n, steps) for steps in tqdm((4, 6, 8, 10, 12), desc="measure")}
-    rows = [f"| {text} | " + " | ".join(f"{m[key]:.3f}" for m in measures.values()) + " |" for key, text in ROWS.items()]
+    measures = {
+        steps: measure(model, tokenizer, n, steps)
+        for steps in tqdm((4, 6, 8, 10, 12), desc="measure")
+    }
+    rows = [
+        f"| {text} | " + " | ".join(f"{m[key]:.3f}" for m in measures.values()) + " |"
+        for key, text in ROWS.items()
+    ]
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, megabytes=sum(file.stat().st_size for file in folder.glob("*") if file.suffix != ".md") / 1e6,
         head=model.config.hidden_size // model.config.num_attention_heads, n=n, usual=STEPS, lengths=" | ".join(f"chain-{steps}" for steps in measures),
@@ -220,18 +296,46 @@ def write_card(folder: Path, n: int = 512) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for the model and its tokenizer")
-    parser.add_argument("--card", type=Path, help="build nothing: measure the policy in this folder and write its model card")
-    parser.add_argument("--seed", type=int, default=0, help="of the misconceptions, the corpus and the initial weights")
-    parser.add_argument("--updates", type=int, default=5000, help="optimizer steps; reviews begin after a quarter of them")
-    parser.add_argument("--polish", type=int, default=1000, help="updates after those, with quotations of wrong values")
-    parser.add_argument("--chains", type=int, default=24, help="chains of 12 steps in a batch (shorter ones: more of them)")
+    parser.add_argument(
+        "--card",
+        type=Path,
+        help="build nothing: measure the policy in this folder and write its model card",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the misconceptions, the corpus and the initial weights",
+    )
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=5000,
+        help="optimizer steps; reviews begin after a quarter of them",
+    )
+    parser.add_argument(
+        "--polish",
+        type=int,
+        default=1000,
+        help="updates after those, with quotations of wrong values",
+    )
+    parser.add_argument(
+        "--chains",
+        type=int,
+        default=24,
+        help="chains of 12 steps in a batch (shorter ones: more of them)",
+    )
     parser.add_argument("--drills", type=int, default=256, help="single judgements in a batch")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--layers", type=int, default=3, help="transformer layers")
     parser.add_argument("--width", type=int, default=96, help="hidden size; heads have size 32")
     args = parser.parse_args()
     if args.card or not args.out:
-        return write_card(args.card) if args.card else parser.error("give --out FOLDER (or --card FOLDER)")
+        return (
+            write_card(args.card)
+            if args.card
+            else parser.error("give --out FOLDER (or --card FOLDER)")
+        )
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     student = Student(tokenizer, args.seed)
@@ -244,21 +348,36 @@ def main():
     for polish, updates in ((False, args.updates), (True, args.polish)):
         student.rng = np.random.default_rng([args.seed, 2]) if polish else student.rng
         lr = args.lr / 3 if polish else args.lr
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-        bar = tqdm(range(updates), desc=f"{'polish' if polish else 'pre-train'} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01
+        )
+        bar = tqdm(
+            range(updates),
+            desc=f"{'polish' if polish else 'pre-train'} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+        )
         for update in bar:
             progress = update / updates
-            for group in optimizer.param_groups:  # warm up over 100 updates, hold, then fall to zero over the last 40%
+            for group in (
+                optimizer.param_groups
+            ):  # warm up over 100 updates, hold, then fall to zero over the last 40%
                 group["lr"] = lr * min(1, (update + 1) / 100) * min(1, (1 - progress) / 0.4)
             short = progress < 0.08 and not polish  # short chains first
             K = int(student.rng.integers(2, 6 if short else STEPS + 1))
             K = STEPS if not short and update % 2 else K
-            losses, right, kind, target = token_losses(model, *student.batch(args.chains * STEPS // K, K, review=polish or progress > 0.25))
+            losses, right, kind, target = token_losses(
+                model, *student.batch(args.chains * STEPS // K, K, review=polish or progress > 0.25)
+            )
             drill_losses, drill_right, _, _ = token_losses(model, *student.drills(args.drills))
             loss = losses.mean() + 0.3 * drill_losses.mean()
-            shares = {"drills": drill_right, "judgements": right[kind == 2], "boxed": right[kind == 3]}
+            shares = {
+                "drills": drill_right,
+                "judgements": right[kind == 2],
+                "boxed": right[kind == 3],
+            }
             if polish:
-                quote_losses, shares["quotations"], _, _ = token_losses(model, *student.quotations(args.chains // 3, STEPS))
+                quote_losses, shares["quotations"], _, _ = token_losses(
+                    model, *student.quotations(args.chains // 3, STEPS)
+                )
                 loss = loss + 0.3 * quote_losses.mean()
             optimizer.zero_grad()
             loss.backward()

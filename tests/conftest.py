@@ -15,13 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.problems import Problem, counters, generate_chains  # noqa: E402
+from data.chains import generate_chains  # noqa: E402
+from data.faults import counters  # noqa: E402
+from data.problems import Problem  # noqa: E402
 from localize import LOCALIZERS  # noqa: E402
 from rollout import HFEngine, Rollout, Task, Vocabulary, encode_question, load_policy  # noqa: E402
 
 POLICY = ROOT / "data" / "policy"
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of what the tests start; here too: for models this small two threads mostly wait for each other, and beside other work that takes ten times as long
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # of what the tests start; here too: for models this small two threads mostly wait for each other, and beside other work that takes ten times as long
+)
 torch.set_num_threads(1)
 
 
@@ -45,7 +49,16 @@ class Policy:
     def tasks(self, steps, n, localizer="verifier", seed=0, **changed):
         cfg = settings(**changed)
         return [
-            Task(p, encode_question(self.tokenizer, p), slot, cfg, self.engine.vocabulary, LOCALIZERS[localizer], np.random.default_rng([seed, slot]), 384)
+            Task(
+                p,
+                encode_question(self.tokenizer, p),
+                slot,
+                cfg,
+                self.engine.vocabulary,
+                LOCALIZERS[localizer],
+                np.random.default_rng([seed, slot]),
+                384,
+            )
             for slot, p in enumerate(generate_chains(steps, n, seed))
         ]
 
@@ -123,7 +136,16 @@ class Enumerable:
         letters = {"".join(self.tokenizer.pieces[i] for i in response) for response in self.correct}
         problem = Problem(0, "", "", "integer")
         problem.grade = lambda text: float(text in letters)
-        return Task(problem, self.prompt, 0, cfg, Vocabulary(self.tokenizer), localize, rng or np.random.default_rng(0), 16)
+        return Task(
+            problem,
+            self.prompt,
+            0,
+            cfg,
+            Vocabulary(self.tokenizer),
+            localize,
+            rng or np.random.default_rng(0),
+            16,
+        )
 
     def outcomes(self, request):
         """Every way a request can come out: [(n rollouts, probability)]."""
@@ -147,7 +169,9 @@ class Enumerable:
     def all_logps(self):
         if not hasattr(self, "_logps"):
             with torch.no_grad():
-                self._logps = {response: self.logps(response).tolist() for response in self.responses}
+                self._logps = {
+                    response: self.logps(response).tolist() for response in self.responses
+                }
         return self._logps
 
     def run_all(self, program_of):
@@ -163,7 +187,10 @@ class Enumerable:
                 yield done.value, probability
                 return
             for combination in itertools.product(*(list(self.outcomes(r)) for r in requests)):
-                yield from walk(answers + [[rollouts for rollouts, _ in combination]], probability * math.prod(p for _, p in combination))
+                yield from walk(
+                    answers + [[rollouts for rollouts, _ in combination]],
+                    probability * math.prod(p for _, p in combination),
+                )
 
         def copied(answer):  # programs write groups and seeds into the records they are sent
             return [[Rollout(**vars(r)) for r in group] for group in answer]

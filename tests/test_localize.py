@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from conftest import Enumerable, Letters
-from data.problems import Problem, counters
+from data.faults import counters
+from data.problems import Problem
 from localize import by_oracle, by_random, by_self, localization_prompt, parse_localization
 from rollout import Rollout, Task, Vocabulary, resets, run_programs
 
@@ -51,13 +52,25 @@ def drive(generator, answers=()):
     try:
         while True:
             requests = generator.send(message)
-            message = [[Rollout(0, r.purpose, r.prompt_ids, [1], [0.0], [1], "eos", text=next(answers))] for r in requests]
+            message = [
+                [Rollout(0, r.purpose, r.prompt_ids, [1], [0.0], [1], "eos", text=next(answers))]
+                for r in requests
+            ]
     except StopIteration as done:
         return done.value
 
 
 def seed_of(H):
-    return Rollout(0, "base", [0], list(range(1, H + 1)), [0.0] * H, list(range(1, H + 1)), "answer", reward=0.0)
+    return Rollout(
+        0,
+        "base",
+        [0],
+        list(range(1, H + 1)),
+        [0.0] * H,
+        list(range(1, H + 1)),
+        "answer",
+        reward=0.0,
+    )
 
 
 def plain_task(fallback="random", template=None):
@@ -65,7 +78,9 @@ def plain_task(fallback="random", template=None):
     return task
 
 
-@pytest.mark.parametrize("fault, text", [("unparsable", "?"), ("out_of_range", r"\boxed{9}"), ("no_error", r"\boxed{0}")])
+@pytest.mark.parametrize(
+    "fault, text", [("unparsable", "?"), ("out_of_range", r"\boxed{9}"), ("no_error", r"\boxed{0}")]
+)
 @pytest.mark.parametrize("fallback", ["random", "first", "skip"])
 def test_every_fallback_is_counted(policy, fault, text, fallback):
     (task,) = policy.tasks(4, 1, localize_fallback=fallback)
@@ -78,7 +93,7 @@ def test_skipped_seeds_give_their_suffixes_to_the_base_group(policy):
     tasks = policy.tasks(6, 8, localize_fallback="skip")
     for task in tasks:
         task.localize = lambda task, seeds: iter_return([(None, "no_error")] * len(seeds))
-    buffers, _, _ = run_programs([resets(t) for t in tasks], policy.engine)
+    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
     for buffer in buffers:
         assert len(buffer) == 8 and {r.group[1] for r in buffer} == {0}
     assert counters["no_seed"] == 8
@@ -103,12 +118,30 @@ class Reader(Letters):
 
 @pytest.mark.parametrize("template", [None, "a template"])
 def test_english_prompt_shows_numbered_thoughts_and_not_the_answer(template):
-    tokenizer = Reader(["x", "first</thought>", "second</thought>", "</thought>", r"\boxed{13}</thought>"])
+    tokenizer = Reader(
+        ["x", "first</thought>", "second</thought>", "</thought>", r"\boxed{13}</thought>"]
+    )
     tokenizer.chat_template = template
-    task = Task(Problem(0, "What is 5+7?", "SECRET", "integer"), [0], 0, None, Vocabulary(tokenizer), None, np.random.default_rng(0), 99)
-    localization_prompt(task, Rollout(0, "base", [0], [1, 2, 3, 4], [0.0] * 4, [1, 2, 3, 4], "answer", reward=0.0))
+    task = Task(
+        Problem(0, "What is 5+7?", "SECRET", "integer"),
+        [0],
+        0,
+        None,
+        Vocabulary(tokenizer),
+        None,
+        np.random.default_rng(0),
+        99,
+    )
+    localization_prompt(
+        task, Rollout(0, "base", [0], [1, 2, 3, 4], [0.0] * 4, [1, 2, 3, 4], "answer", reward=0.0)
+    )
     assert tokenizer.text.startswith("USER ") == (template is not None)
-    for part in ("What is 5+7?", "[Thought 1] first\n[Thought 2] second\n[Thought 3] (empty)\n[Thought 4] \\boxed{13}", "WRONG", "from 1 to 4"):
+    for part in (
+        "What is 5+7?",
+        "[Thought 1] first\n[Thought 2] second\n[Thought 3] (empty)\n[Thought 4] \\boxed{13}",
+        "WRONG",
+        "from 1 to 4",
+    ):
         assert part in tokenizer.text
     assert "SECRET" not in tokenizer.text and "</thought>" not in tokenizer.text
 
@@ -123,28 +156,34 @@ def test_random_localizer_is_uniform():
 
 def test_verifier_localizer_finds_the_true_first_error(policy):
     tasks = policy.tasks(6, 24)
-    buffers, _, _ = run_programs([resets(t) for t in tasks], policy.engine)
+    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
     suffixes = [(t, r) for t, buffer in zip(tasks, buffers) for r in buffer if r.reset]
     assert suffixes
     for task, r in suffixes:
         thoughts = r.seed.thoughts(policy.tokenizer)
         assert task.problem.check_steps(thoughts) == r.reset
-        assert task.problem.check_steps(thoughts[: r.reset - 1] + ["x"]) == r.reset  # everything before it is right
+        assert (
+            task.problem.check_steps(thoughts[: r.reset - 1] + ["x"]) == r.reset
+        )  # everything before it is right
 
 
 def test_self_localization_beats_chance_without_the_truth(policy):
     tasks = policy.tasks(12, 96, localizer="self")
     for task in tasks:
         task.truth, task.problem.check_steps = task.problem.check_steps, None  # nothing may look
-    buffers, _, _ = run_programs([resets(t) for t in tasks], policy.engine)
-    seeds = {id(r.seed): (t, r) for t, buffer in zip(tasks, buffers) for r in buffer if r.reset}.values()
+    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
+    seeds = {
+        id(r.seed): (t, r) for t, buffer in zip(tasks, buffers) for r in buffer if r.reset
+    }.values()
     exact = [t.truth(r.seed.thoughts(policy.tokenizer)) == r.reset for t, r in seeds]
     assert len(exact) > 60 and np.mean(exact) > 0.8  # chance is 1/13
 
 
 def test_oracle_equals_enumeration():
     """With many continuations the oracle's h* is the first thought whose exact advantage is below -tau."""
-    toy = Enumerable(V=3, H=3, correct={(0, 0, 0), (0, 1, 2), (1, 1, 1), (2, 0, 1), (0, 2, 2)}, seed=4)
+    toy = Enumerable(
+        V=3, H=3, correct={(0, 0, 0), (0, 1, 2), (1, 1, 1), (2, 0, 1), (0, 2, 2)}, seed=4
+    )
     checked = 0
     for response in toy.responses:
         if response in toy.correct:
@@ -157,7 +196,8 @@ def test_oracle_equals_enumeration():
         truth = next(h for h, gain in enumerate(gains, 1) if gain < -tau)
         task = toy.task(oracle_samples=1500, oracle_tau=tau)
         seed = Rollout(0, "base", [0], list(response), [0.0] * 3, [1, 2, 3], "thoughts", reward=0.0)
-        ((result,), generated, _) = run_programs([by_oracle(task, [seed])], toy.engine)
+        sampled = run_programs([by_oracle(task, [seed])], toy.engine)
+        (result,), generated = sampled.results, sampled.generated
         assert result == [(truth, "oracle")]
         assert len(generated) == 3 * 1500
         checked += 1

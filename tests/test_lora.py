@@ -7,13 +7,13 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_processes import TORCHRUN, distance, weights
+from test_run import TINY, lines_of
 from transformers import AutoModelForCausalLM
 
 import srpo
 from conftest import POLICY, ROOT
 from rollout import load_policy
-from test_processes import TORCHRUN, distance, weights
-from test_run import TINY, lines_of
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
     pytest.importorskip("peft", reason="peft is not installed; see Install in README.md")
@@ -37,8 +37,12 @@ def test_only_the_linear_layers_move(adapted):
         if linear:
             assert torch.linalg.matrix_rank((after[name] - weight).double(), rtol=1e-4) <= 4
     AutoModelForCausalLM.from_pretrained(adapted / "checkpoints" / "step_3")
-    state = sum(file.stat().st_size for file in (adapted / "checkpoints" / "step_3" / "state").iterdir())
-    assert state < 0.7 * 3 * (POLICY / "model.safetensors").stat().st_size  # adapters and their moments, not the whole model's
+    state = sum(
+        file.stat().st_size for file in (adapted / "checkpoints" / "step_3" / "state").iterdir()
+    )
+    assert (
+        state < 0.7 * 3 * (POLICY / "model.safetensors").stat().st_size
+    )  # adapters and their moments, not the whole model's
 
 
 def test_merged_weights_are_the_adapted_policy():
@@ -69,7 +73,12 @@ def test_resume_is_exact(tmp_path, adapted):
 
 def test_two_processes_are_one(tmp_path, adapted):
     out = tmp_path / "two"
-    done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *FLAGS, "--steps", "3", "--out_dir", out], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*TORCHRUN, ROOT / "srpo.py", *FLAGS, "--steps", "3", "--out_dir", out],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     assert lines_of(out / "rollouts.jsonl") == lines_of(adapted / "rollouts.jsonl")
     assert distance(weights(out, 3), weights(adapted, 3)) < 1e-4

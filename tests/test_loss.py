@@ -9,13 +9,33 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from conftest import Enumerable, settings
-from loss import Batch, backward, chosen_logps, collate, grouped, set_advantages, surrogate, token_weights
+from loss import (
+    Batch,
+    backward,
+    chosen_logps,
+    collate,
+    grouped,
+    set_advantages,
+    surrogate,
+    token_weights,
+)
 from rollout import Rollout, grpo, resets, run_programs
 
 
 def rollout(reward, group, prefix=(), tokens=(1,)):
     tokens = [*prefix, *tokens]
-    return Rollout(0, "base", [0], tokens, [-1.0] * len(tokens), [len(tokens)], "answer", prefix_len=len(prefix), reward=float(reward), group=group)
+    return Rollout(
+        0,
+        "base",
+        [0],
+        tokens,
+        [-1.0] * len(tokens),
+        [len(tokens)],
+        "answer",
+        prefix_len=len(prefix),
+        reward=float(reward),
+        group=group,
+    )
 
 
 def test_advantages_stay_inside_their_group():
@@ -37,7 +57,11 @@ def test_token_weights():
     r = rollout(1, (0, 1), prefix=[5, 6], tokens=[7, 8, 9])
     r.advantage = 1.5
     assert token_weights(r, 8) == [0, 0, 0.0625, 0.0625, 0.0625]
-    assert token_weights(r, 8, mask_prefix=False) == [1.5 / 40] * 5 == token_weights(r, 8, mask_prefix=False, length="response")
+    assert (
+        token_weights(r, 8, mask_prefix=False)
+        == [1.5 / 40] * 5
+        == token_weights(r, 8, mask_prefix=False, length="response")
+    )
     assert token_weights(r, 8, length="response") == [0, 0, 1.5 / 40, 1.5 / 40, 1.5 / 40]
 
 
@@ -64,7 +88,9 @@ def expected_loss(toy, program_of, mask_prefix=True):
             state = tuple(members[0].token_ids[: members[0].prefix_len])
             key = (state, k > 0, len(members), len(buffer))
             states[key] = states.get(key, 0.0) + probability
-    scalar = sum((torch.from_numpy(w).float() * toy.logps(response)).sum() for response, w in weights.items())
+    scalar = sum(
+        (torch.from_numpy(w).float() * toy.logps(response)).sum() for response, w in weights.items()
+    )
     return scalar, states, prefix_weight
 
 
@@ -103,7 +129,13 @@ def test_reset_methods_ascend_the_values_of_their_states(localize, split):
     """Fresh seeds, whose draws are independent of the base group: every group's expected gradient is its own state's."""
     base, prefixes, suffixes = split
     toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, seed=5)
-    task = dict(base=base, prefixes=prefixes, suffixes=suffixes, seed_source="fresh", max_seed_draws=prefixes)
+    task = dict(
+        base=base,
+        prefixes=prefixes,
+        suffixes=suffixes,
+        seed_source="fresh",
+        max_seed_draws=prefixes,
+    )
     scalar, states, prefix_weight = expected_loss(toy, lambda: resets(toy.task(localize, **task)))
     assert prefix_weight == 0.0
     assert any(reset for _, reset, _, _ in states)
@@ -115,7 +147,9 @@ def test_seeds_from_the_base_group_leave_its_gradient_unbiased(localize):
     """Seed read from the base group (the default): base part and suffix part by the formula; where nobody failed, no draws are made and
     the top-up makes a group of 4 whose first two are known to be right. Its gradient is still along that of the pass rate."""
     toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, seed=5)
-    scalar, states, prefix_weight = expected_loss(toy, lambda: resets(toy.task(localize, base=2, prefixes=1, suffixes=2, max_seed_draws=0)))
+    scalar, states, prefix_weight = expected_loss(
+        toy, lambda: resets(toy.task(localize, base=2, prefixes=1, suffixes=2, max_seed_draws=0))
+    )
     assert prefix_weight == 0.0
     J = toy.value()
     j = J.item()
@@ -123,12 +157,18 @@ def test_seeds_from_the_base_group_leave_its_gradient_unbiased(localize):
     # the first two rollouts as if in a group of two (zero where both are right), then the cases in which both are
     base = 0.5 * 0.5 / toy.H * J
     both_right = j**2 * (2 * (1 - j) / 2 / j + 2 * 3 / 4) / 4 / toy.H * J
-    assert_close(gradient(toy.model, scalar), gradient(toy.model, base + both_right + claimed(toy, suffix)))
+    assert_close(
+        gradient(toy.model, scalar), gradient(toy.model, base + both_right + claimed(toy, suffix))
+    )
 
 
 def test_without_the_prefix_mask_the_prefix_is_trained():
     toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, seed=5)
-    _, _, prefix_weight = expected_loss(toy, lambda: resets(toy.task(fixed(2), base=2, prefixes=1, suffixes=2, max_seed_draws=0)), mask_prefix=False)
+    _, _, prefix_weight = expected_loss(
+        toy,
+        lambda: resets(toy.task(fixed(2), base=2, prefixes=1, suffixes=2, max_seed_draws=0)),
+        mask_prefix=False,
+    )
     assert prefix_weight > 0.01
 
 
@@ -146,7 +186,7 @@ def step(policy):
     tasks = policy.tasks(4, 6, "random") + policy.tasks(7, 6, "random", seed=1)
     for slot, task in enumerate(tasks):
         task.slot = slot
-    buffers, _, _ = run_programs([resets(t) for t in tasks], policy.engine)
+    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
     rollouts = [r for buffer in buffers for r in buffer]
     for i, r in enumerate(rollouts):  # rewards of our own: every group has variance
         r.reward = float(i % 3 == 0)
@@ -163,12 +203,21 @@ def gradients(policy, compute):
 
 @pytest.fixture(scope="module")
 def reference(policy, step):
-    return gradients(policy, lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=1000)))
+    return gradients(
+        policy, lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=1000))
+    )
 
 
 @pytest.mark.parametrize("micro_batch, chunk", [(1, 4096), (7, 64), (1000, 10)])
-def test_gradient_does_not_depend_on_micro_batch_or_chunk(policy, step, reference, micro_batch, chunk):
-    got = gradients(policy, lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=micro_batch, chunk=chunk)))
+def test_gradient_does_not_depend_on_micro_batch_or_chunk(
+    policy, step, reference, micro_batch, chunk
+):
+    got = gradients(
+        policy,
+        lambda: backward(
+            policy.model, step, len(step), 0, settings(micro_batch=micro_batch, chunk=chunk)
+        ),
+    )
     assert (got - reference).abs().max() < 1e-5 and reference.abs().max() > 1e-3
 
 
@@ -190,8 +239,20 @@ def test_gradient_is_the_sum_over_processes(policy, step, reference, ranks, micr
     def of_all():
         for rank in range(ranks):
             runs = []
-            handle = policy.model.base_model.register_forward_hook(lambda *_, runs=runs: runs.append(1))
-            sums.append(backward(policy.model, step, len(step), 0, settings(micro_batch=micro_batch), rank=rank, ranks=ranks))
+            handle = policy.model.base_model.register_forward_hook(
+                lambda *_, runs=runs: runs.append(1)
+            )
+            sums.append(
+                backward(
+                    policy.model,
+                    step,
+                    len(step),
+                    0,
+                    settings(micro_batch=micro_batch),
+                    rank=rank,
+                    ranks=ranks,
+                )
+            )
             handle.remove()
             forwards.append(len(runs))
 
@@ -224,12 +285,16 @@ def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, ex
 
 def test_shared_states_give_the_gradient_of_whole_rows(policy, step, reference, monkeypatch):
     """... which are what runs where a layer keeps something else than keys and values. Also where layers are run again in the backward."""
-    compute = lambda: gradients(policy, lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=7)))  # noqa: E731
+    compute = lambda: gradients(
+        policy, lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=7))
+    )  # noqa: E731
     with monkeypatch.context() as patch:
         for layer in policy.model.base_model.layers:
             patch.setattr(layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
         assert (compute() - reference).abs().max() < 1e-5
-    monkeypatch.setattr("loss.DynamicCache", lambda config: SimpleNamespace(layers=["of another kind"]))
+    monkeypatch.setattr(
+        "loss.DynamicCache", lambda config: SimpleNamespace(layers=["of another kind"])
+    )
     assert (compute() - reference).abs().max() < 1e-5
 
 
@@ -239,7 +304,9 @@ def test_the_head_runs_only_where_there_is_weight(policy, step):
     rows, bodies = [], []
     handles = [
         policy.model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0]))),
-        policy.model.base_model.register_forward_hook(lambda m, args, kwargs, out: bodies.append(len(kwargs["input_ids"])), with_kwargs=True),
+        policy.model.base_model.register_forward_hook(
+            lambda m, args, kwargs, out: bodies.append(len(kwargs["input_ids"])), with_kwargs=True
+        ),
     ]
     saved = [r.advantage for r in step]
     for r in step[:20]:
@@ -259,8 +326,15 @@ def test_the_head_runs_only_where_there_is_weight(policy, step):
 
 def test_clipped_surrogate():
     """On policy it has REINFORCE's gradient; off policy it is flat where the ratio has already moved enough."""
-    batch = Batch(*[torch.zeros(1)] * 6, weights=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]), old_logps=torch.full((5,), -1.0), in_prefix=torch.zeros(5))
-    new = torch.tensor([-1.0, -0.5, -0.5, -1.5, -1.5], requires_grad=True)  # ratios 1, 1.65, 1.65, 0.61, 0.61
+    batch = Batch(
+        *[torch.zeros(1)] * 6,
+        weights=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]),
+        old_logps=torch.full((5,), -1.0),
+        in_prefix=torch.zeros(5),
+    )
+    new = torch.tensor(
+        [-1.0, -0.5, -0.5, -1.5, -1.5], requires_grad=True
+    )  # ratios 1, 1.65, 1.65, 0.61, 0.61
     surrogate(new, batch, clip=0.2).backward()
     ratio = (new - batch.old_logps).exp().detach()
     assert torch.allclose(new.grad, torch.tensor([-1.0, 0.0, ratio[2], 0.0, -ratio[4]]))

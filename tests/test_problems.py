@@ -6,7 +6,11 @@ import time
 import pytest
 
 from data import problems
-from data.problems import DELIMITER, Problem, UserError, chain_thoughts, counters, generate_chains, last_boxed, load_problems
+from data.chains import chain_thoughts, generate_chains
+from data.faults import UserError, counters
+from data.problems import Problem
+from data.tasks import load_problems
+from data.verifiers import DELIMITER, last_boxed
 
 
 @pytest.mark.parametrize(
@@ -48,28 +52,37 @@ def test_integers(boxed, answer, reward):
 
 @pytest.mark.parametrize(
     "boxed, answer, reward",
-    [(r"\frac{1}{2}", "0.5", 1), (r"x^2+2x+1", "(x+1)^2", 1), (r"\sqrt{8}", r"2\sqrt{2}", 1), (r"\frac{1}{3}", "0.5", 0), (r"\{1,2\}", r"\{2,1\}", 1), ("", "2", 0)],
+    [
+        (r"\frac{1}{2}", "0.5", 1),
+        (r"x^2+2x+1", "(x+1)^2", 1),
+        (r"\sqrt{8}", r"2\sqrt{2}", 1),
+        (r"\frac{1}{3}", "0.5", 0),
+        (r"\{1,2\}", r"\{2,1\}", 1),
+        ("", "2", 0),
+    ],
 )
 def test_mathematics(boxed, answer, reward):
     assert Problem(0, "", answer, "math").grade(f"\\boxed{{{boxed}}}") == reward
 
 
 def test_mathematics_ends_at_its_time_limit_on_another_thread(monkeypatch):
-    problems.grade_math("1", "1")  # the worker is up
+    verifiers.grade_math("1", "1")  # the worker is up
     rewards = []
     start = time.time()
-    worker = threading.Thread(target=lambda: rewards.append(problems.grade_math("10000000!", "5", seconds=1.0)))
+    worker = threading.Thread(
+        target=lambda: rewards.append(verifiers.grade_math("10000000!", "5", seconds=1.0))
+    )
     worker.start()
     worker.join(60)
     assert rewards == [0.0] and time.time() - start < 60
     assert counters == {"math_timeout": 1}
-    assert problems.grade_math("2", "2") == 1.0  # a killed worker is replaced
+    assert verifiers.grade_math("2", "2") == 1.0  # a killed worker is replaced
 
 
 def test_unparsable_mathematics_is_a_counted_zero():
-    assert problems.grade_math(r"\frac{", "2") == 0.0
+    assert verifiers.grade_math(r"\frac{", "2") == 0.0
     assert counters["math_unparsable"] == 1
-    assert problems.grade_math("1" * 3000, "2") == 0.0
+    assert verifiers.grade_math("1" * 3000, "2") == 0.0
     assert counters["math_too_long"] == 1
 
 
@@ -99,12 +112,21 @@ def test_chains_are_a_function_of_the_seed():
     [
         ("", "holds no problems"),
         ("\n\n", "holds no problems"),
-        ('{"question": "1+1", "answer": "2", "kind": "integer"}\n{"question": ', "line 2: not JSON"),
+        (
+            '{"question": "1+1", "answer": "2", "kind": "integer"}\n{"question": ',
+            "line 2: not JSON",
+        ),
         ('["a list"]', "line 1: not a JSON object"),
         ('{"question": "1+1", "kind": "integer"}', "line 1: field 'answer' is missing"),
-        ('{"question": "", "answer": "2", "kind": "integer"}', "line 1: field 'question' is missing"),
+        (
+            '{"question": "", "answer": "2", "kind": "integer"}',
+            "line 1: field 'question' is missing",
+        ),
         ('{"question": "1+1", "answer": "2", "kind": "essay"}', "line 1: unknown kind 'essay'"),
-        ('{"question": "1+1", "answer": "two", "kind": "integer"}', "line 1: answer 'two' is not an integer"),
+        (
+            '{"question": "1+1", "answer": "two", "kind": "integer"}',
+            "line 1: answer 'two' is not an integer",
+        ),
     ],
 )
 def test_bad_data_files(tmp_path, content, complaint):
@@ -112,18 +134,28 @@ def test_bad_data_files(tmp_path, content, complaint):
     path.write_text(content)
     with pytest.raises(UserError) as fault:
         load_problems(str(path), seed=0)
-    assert str(path) in str(fault.value) and complaint in str(fault.value) and "\n" not in str(fault.value)
+    assert (
+        str(path) in str(fault.value)
+        and complaint in str(fault.value)
+        and "\n" not in str(fault.value)
+    )
 
 
 def test_other_bad_sources(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    for source, complaint in ((tmp_path / "none.jsonl", "no such data file"), (tmp_path / "latin.jsonl", "not UTF-8"), ("chain-99", "1 to 24 steps")):
+    for source, complaint in (
+        (tmp_path / "none.jsonl", "no such data file"),
+        (tmp_path / "latin.jsonl", "not UTF-8"),
+        ("chain-99", "1 to 24 steps"),
+    ):
         with pytest.raises(UserError, match=complaint):
             load_problems(str(source), seed=0)
 
 
 def test_good_data_file(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text('{"question": "1+1", "answer": 2, "kind": "integer"}\n\n{"question": "half", "answer": "1/2", "kind": "math"}\n')
+    path.write_text(
+        '{"question": "1+1", "answer": 2, "kind": "integer"}\n\n{"question": "half", "answer": "1/2", "kind": "math"}\n'
+    )
     first, second = load_problems(str(path), seed=0)
     assert (first.index, first.answer, second.index, second.kind) == (0, "2", 1, "math")

@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_run import lines_of
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import srpo
 from conftest import POLICY, ROOT, settings
 from loss import backward, set_advantages
 from rollout import grpo, load_policy, run_programs
-from test_run import lines_of
 
-TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]  # standalone: a free port, also where another job runs
+TORCHRUN = [
+    str(Path(sys.executable).parent / "torchrun"),
+    "--standalone",
+    "--nproc_per_node=2",
+]  # standalone: a free port, also where another job runs
 # 5 prompts and micro-batches of 3 rows divide by 2 nowhere
 SMALL = "--engine hf --prompts_per_step 5 --micro_batch 3 --train_data chain-4 --eval_data chain-4 --eval_problems 9 --eval_samples 2 --save_every 1".split()
 METHODS = {
@@ -38,9 +42,17 @@ METHODS = {
 def runs(tmp_path_factory):
     """Every method in one process, and in two: folder with METHOD-1 and METHOD-2."""
     folder = tmp_path_factory.mktemp("processes")
-    jobs = {n: [[*SMALL, *flags.split(), "--out_dir", f"{folder}/{name}-{n}"] for name, flags in METHODS.items()] for n in (1, 2)}
+    jobs = {
+        n: [
+            [*SMALL, *flags.split(), "--out_dir", f"{folder}/{name}-{n}"]
+            for name, flags in METHODS.items()
+        ]
+        for n in (1, 2)
+    }
     script = folder / "jobs.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport srpo\nfor job in {jobs[2]!r}:\n    srpo.train(srpo.parse(job))\n")
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport srpo\nfor job in {jobs[2]!r}:\n    srpo.train(srpo.parse(job))\n"
+    )
     done = subprocess.run([*TORCHRUN, script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-6000:]
     for job in jobs[1]:
@@ -64,11 +76,15 @@ def test_two_processes_are_one(runs, method):
     assert lines_of(one / "rollouts.jsonl") == lines_of(two / "rollouts.jsonl")
     steps = lines_of(one / "metrics.jsonl")[-1]["step"]
     assert distance(weights(one, steps), weights(two, steps)) < 1e-5
-    assert distance(weights(one, steps), load_file(POLICY / "model.safetensors")) > 5e-4  # it did train
+    assert (
+        distance(weights(one, steps), load_file(POLICY / "model.safetensors")) > 5e-4
+    )  # it did train
     for a, b in zip(lines_of(one / "metrics.jsonl"), lines_of(two / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"seconds"}:
-            close = pytest.approx(b[key], abs=1e-4, rel=1e-3) if isinstance(b[key], float) else b[key]
+            close = (
+                pytest.approx(b[key], abs=1e-4, rel=1e-3) if isinstance(b[key], float) else b[key]
+            )
             assert a[key] == close, key
 
 
@@ -79,7 +95,9 @@ def test_a_checkpoint_resumes_in_another_number_of_processes(tmp_path, runs, fir
     def run(n, *flags):
         if n == 1:
             return srpo.main([str(flag) for flag in flags])
-        done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            [*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 0, done.stderr[-6000:]
 
     run(first, *SMALL, "--steps", "2", "--out_dir", out)
@@ -95,7 +113,10 @@ def test_a_dead_process_ends_the_job(tmp_path):
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
         assert process.poll() is None
         time.sleep(0.05)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
     killed = time.monotonic()
@@ -122,19 +143,33 @@ def test_ctrl_c_saves_in_every_process(tmp_path):
 
 @pytest.mark.parametrize(
     "flags, complaint",
-    [("--tp 3", "--tp 3 must divide the number of processes, 2"), ("--out_dir /proc/run", "cannot write to")],  # on all, and on the first
+    [
+        ("--tp 3", "--tp 3 must divide the number of processes, 2"),
+        ("--out_dir /proc/run", "cannot write to"),
+    ],  # on all, and on the first
 )
 def test_bad_input_is_said_once(tmp_path, flags, complaint):
     flags = [*SMALL, "--out_dir", tmp_path / "run", *flags.split()]
-    done = subprocess.run([*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [*TORCHRUN, ROOT / "srpo.py", *flags], capture_output=True, text=True, timeout=100
+    )
     said = [line for line in done.stderr.splitlines() if line.startswith("srpo.py: ")]
-    assert done.returncode != 0 and len(said) == 1 and complaint in said[0] and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in done.stderr
+    assert (
+        done.returncode != 0
+        and len(said) == 1
+        and complaint in said[0]
+        and 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
+    )
 
 
 def test_bf16_shards_on_float32_masters(policy, monkeypatch):
     """What a GPU runs, on a CPU of one process: bf16 compute, float32 gradients and masters, with adapters a bf16 base."""
     tasks = policy.tasks(4, 6, base=8)
-    rollouts = [r for buffer in run_programs([grpo(t) for t in tasks], policy.engine)[0] for r in buffer]
+    rollouts = [
+        r
+        for buffer in run_programs([grpo(t) for t in tasks], policy.engine).results
+        for r in buffer
+    ]
     for i, r in enumerate(rollouts):
         r.reward = float(i % 3 == 0)
     set_advantages(rollouts)
@@ -143,21 +178,32 @@ def test_bf16_shards_on_float32_masters(policy, monkeypatch):
     exact = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     monkeypatch.setattr(srpo, "MixedPrecisionPolicy", lambda **_: bf16)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         for lora_rank in (0, 4):
             model, _ = load_policy(POLICY, torch.bfloat16 if lora_rank else torch.float32)
             if lora_rank and importlib.util.find_spec("peft") is None:
                 continue
-            srpo.prepare(model, srpo.Config(lora_rank=lora_rank, grad_checkpointing=True).resolve(), torch.device("cpu"), sharded=True)
+            srpo.prepare(
+                model,
+                srpo.Config(lora_rank=lora_rank, grad_checkpointing=True).resolve(),
+                torch.device("cpu"),
+                sharded=True,
+            )
             backward(model, rollouts, len(rollouts), 0, settings(micro_batch=5))
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             assert all(p.dtype == p.grad.dtype == torch.float32 for p in trained.values())
             if lora_rank:
-                assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+                assert {p.dtype for p in model.parameters() if not p.requires_grad} == {
+                    torch.bfloat16
+                }
             else:
                 for name, p in trained.items():
-                    assert (srpo.whole(p.grad) - exact[name]).norm() < 0.15 * exact[name].norm(), name
+                    assert (srpo.whole(p.grad) - exact[name]).norm() < 0.15 * exact[name].norm(), (
+                        name
+                    )
             assert dict(srpo.whole_weights(model)).keys() == exact.keys()
     finally:
         torch.distributed.destroy_process_group()
@@ -167,6 +213,11 @@ def test_the_model_that_is_trained_is_the_one_that_was_loaded(policy):
     """whole_weights names and orders what a Hugging Face checkpoint holds; one process passes its own tensors on, uncopied."""
     streamed = dict(srpo.whole_weights(policy.model))
     assert streamed.keys() == load_file(POLICY / "model.safetensors").keys()
-    assert all(weight.data_ptr() == policy.model.get_parameter(name).data_ptr() for name, weight in streamed.items())
-    assert not any(isinstance(weight, torch.distributed.tensor.DTensor) for weight in streamed.values())
+    assert all(
+        weight.data_ptr() == policy.model.get_parameter(name).data_ptr()
+        for name, weight in streamed.items()
+    )
+    assert not any(
+        isinstance(weight, torch.distributed.tensor.DTensor) for weight in streamed.values()
+    )
     json.dumps(list(streamed))

@@ -16,10 +16,15 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_worked_example_runs(policy):
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "PROGRAMS[" in block]
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "PROGRAMS[" in block
+    ]
     try:
         exec(code, {})
-        buffers, generated, _ = run_programs([PROGRAMS["halfway"](task) for task in policy.tasks(6, 8)], policy.engine)
+        sampled = run_programs(
+            [PROGRAMS["halfway"](task) for task in policy.tasks(6, 8)], policy.engine
+        )
+        buffers, generated = sampled.results, sampled.generated
     finally:
         PROGRAMS.pop("halfway", None)
     rollouts = [r for buffer in buffers for r in buffer]
@@ -28,10 +33,22 @@ def test_the_worked_example_runs(policy):
     assert any(r.reset and r.prefix_len for r in rollouts)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:rollout|localize|loss|srpo|data\.problems)\.[A-Za-z_.]+)`", README)) - {"rollout.py", "localize.py", "loss.py", "srpo.py"}))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        set(re.findall(r"`((?:rollout|localize|loss|srpo|data\.problems)\.[A-Za-z_.]+)`", README))
+        - {"rollout.py", "localize.py", "loss.py", "srpo.py"}
+    ),
+)
 def test_every_name_in_the_paper_table_exists(name):
     module, *path = name.removeprefix("data.").split(".")
-    found = {"rollout": rollout, "localize": localize, "loss": loss, "srpo": srpo, "problems": problems}[module]
+    found = {
+        "rollout": rollout,
+        "localize": localize,
+        "loss": loss,
+        "srpo": srpo,
+        "problems": problems,
+    }[module]
     for part in path:
         assert hasattr(found, part) or part in getattr(found, "__dataclass_fields__", {})
         found = getattr(found, part, None)
@@ -51,7 +68,10 @@ def memory(name, N, R=4, L=5632, chunk=4096, rank=64):
     E = V * d * (1 if tied else 2)
     P_layer = (P - E) / layers
     r = rank * layers * (4 * d + 2 * (d + kv_heads * size) + 3 * (d + d_ff))
-    activations = 2 * R * L * (layers * d + 6 * d + 2 * (heads + 2 * kv_heads) * size + 4 * d_ff) + 12 * chunk * V
+    activations = (
+        2 * R * L * (layers * d + 6 * d + 2 * (heads + 2 * kv_heads) * size + 4 * d_ff)
+        + 12 * chunk * V
+    )
     cache = (0.5 * 80e9 - 2 * P) / (4 * layers * kv_heads * size)
     full = 12 * P / N, 16 * P / N + 8 * E + 10 * P_layer + activations
     lora = (2 * P + 12 * r) / N, (2 * P + 16 * r) / N + 2 * E + 4 * P_layer + activations

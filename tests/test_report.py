@@ -13,14 +13,21 @@ import pytest
 
 import eval as measures
 import srpo
-from data.problems import UserError
+from data.faults import UserError
 from data.report import page
+from data.runs import append
 from loss import set_advantages, token_weights
 from rollout import PROGRAMS, run_programs
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    os.environ.get("CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 in_browser = pytest.mark.skipif(  # the gate installs Chromium first, and ends if it cannot
-    CHROMIUM is None and "REQUIRE_OPTIONAL" not in os.environ, reason="Chromium is not installed; see Test it in README.md"
+    CHROMIUM is None and "REQUIRE_OPTIONAL" not in os.environ,
+    reason="Chromium is not installed; see Test it in README.md",
 )
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.S)
 HOSTILE = [
@@ -38,26 +45,66 @@ HOSTILE = [
 class Run:
     """A run directory, written by srpo.py's own functions from real rollouts of the embedded policy."""
 
-    def __init__(self, folder, policy, steps=2, problems=4, method="srpo", base=4, prefixes=1, suffixes=4, **changed):
+    def __init__(
+        self,
+        folder,
+        policy,
+        steps=2,
+        problems=4,
+        method="srpo",
+        base=4,
+        prefixes=1,
+        suffixes=4,
+        **changed,
+    ):
         self.folder, self.rollouts = folder, {}
         folder.mkdir()
-        cfg = srpo.Config(method=method, base=base, prefixes=prefixes, suffixes=suffixes, prompts_per_step=problems, **changed).resolve()
+        cfg = srpo.Config(
+            method=method,
+            base=base,
+            prefixes=prefixes,
+            suffixes=suffixes,
+            prompts_per_step=problems,
+            **changed,
+        ).resolve()
         (folder / "config.json").write_text(json.dumps(asdict(cfg)))
-        srpo.append(folder / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": 0.25})
+        append(folder / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": 0.25})
         total = 0
         for step in range(1, steps + 1):
-            tasks = policy.tasks(4, problems, "self", seed=step, base=base, prefixes=prefixes, suffixes=suffixes, **changed)
-            buffers, generated, seconds = run_programs([PROGRAMS[method](task) for task in tasks], policy.engine)
+            tasks = policy.tasks(
+                4,
+                problems,
+                "self",
+                seed=step,
+                base=base,
+                prefixes=prefixes,
+                suffixes=suffixes,
+                **changed,
+            )
+            sampled = run_programs([PROGRAMS[method](task) for task in tasks], policy.engine)
+            buffers, generated, seconds = sampled.results, sampled.generated, sampled.seconds
             rollouts = [r for buffer in buffers for r in buffer]
             set_advantages(rollouts)
             srpo.write_rollouts(folder / "rollouts.jsonl", step, rollouts, generated, tasks)
             total += sum(r.generated for r in generated)
-            line = {"step": step, "total_tokens": total, **srpo.step_metrics(rollouts, generated, tasks), "trained_tokens": 1, "entropy": None, "seconds": dict(seconds)}
-            srpo.append(folder / "metrics.jsonl", line | {"counters": {}, "eval_pass_rate": 0.25 + step / 10})
+            line = {
+                "step": step,
+                "total_tokens": total,
+                **srpo.step_metrics(rollouts, generated, tasks),
+                "trained_tokens": 1,
+                "entropy": None,
+                "seconds": dict(seconds),
+            }
+            append(
+                folder / "metrics.jsonl",
+                line | {"counters": {}, "eval_pass_rate": 0.25 + step / 10},
+            )
             self.rollouts[step] = (rollouts, generated)
 
     def records(self):
-        return [json.loads(line) for line in (self.folder / "rollouts.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "rollouts.jsonl").read_text().splitlines()
+        ]
 
     def write(self, records):
         (self.folder / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -103,7 +150,13 @@ def chromium(url, *flags):
     assert CHROMIUM, "REQUIRE_OPTIONAL is set, and there is no Chromium; apt-get install chromium"
     common = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
               "--disable-component-update", "--disable-sync", "--virtual-time-budget=3000", "--enable-logging=stderr"]  # fmt: skip
-    done = subprocess.run([CHROMIUM, *common, *flags, "--dump-dom", url], capture_output=True, text=True, encoding="utf-8", timeout=180)
+    done = subprocess.run(
+        [CHROMIUM, *common, *flags, "--dump-dom", url],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=180,
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     assert "<html" in done.stdout, done.stderr
     return done.stdout
@@ -120,7 +173,9 @@ def driven(out, script, width=360, address=""):
         onload = () => {{ const page = document.querySelector("iframe").contentWindow, $ = (id) => page.document.getElementById(id);
           const key = (key, shiftKey = false) => page.document.body.dispatchEvent(new page.KeyboardEvent("keydown", {{ key, shiftKey, bubbles: true }}));
           document.getElementById("result").textContent = JSON.stringify((() => {{ {script} }})()); }}</script>""")
-    return json.loads(Page(chromium(f"file://{frame}", "--allow-file-access-from-files")).texts["result"])
+    return json.loads(
+        Page(chromium(f"file://{frame}", "--allow-file-access-from-files")).texts["result"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +202,25 @@ def test_weights_are_those_of_the_loss(runs, tmp_path, name):
         assert step["n"] == len(rollouts) == 32
         for shown in (r for tree in step["trees"] for r in tree["rollouts"]):
             r = generated[shown["id"]]
-            assert (shown["k"] is None) == (r.group is None) and shown["tokens"] == [b - a for a, b in zip([0, *r.thought_ends], r.thought_ends)]
-            tokens = token_weights(r, len(rollouts), mask_prefix=name != "unmasked") if r.group else [0.0] * len(r.token_ids)
+            assert (shown["k"] is None) == (r.group is None) and shown["tokens"] == [
+                b - a for a, b in zip([0, *r.thought_ends], r.thought_ends)
+            ]
+            tokens = (
+                token_weights(r, len(rollouts), mask_prefix=name != "unmasked")
+                if r.group
+                else [0.0] * len(r.token_ids)
+            )
             sums = [sum(tokens[a:b]) for a, b in zip([0, *r.thought_ends], r.thought_ends)]
-            assert shown["weights"] == pytest.approx(sums, rel=1e-5) and shown["token_weight"] == pytest.approx(tokens[-1], rel=1e-5)
-            assert shown["masked"] == (sum(end <= r.prefix_len for end in r.thought_ends) if name != "unmasked" else 0)
+            assert shown["weights"] == pytest.approx(sums, rel=1e-5) and shown[
+                "token_weight"
+            ] == pytest.approx(tokens[-1], rel=1e-5)
+            assert shown["masked"] == (
+                sum(end <= r.prefix_len for end in r.thought_ends) if name != "unmasked" else 0
+            )
             seen += any(tokens)
-        assert {r["id"] for tree in step["trees"] for r in tree["rollouts"]} == set(range(len(generated)))  # each in one tree
+        assert {r["id"] for tree in step["trees"] for r in tree["rollouts"]} == set(
+            range(len(generated))
+        )  # each in one tree
     assert seen
 
 
@@ -161,10 +228,16 @@ def test_a_problem_that_is_twice_in_a_step_is_two_trees(runs, tmp_path):
     run = runs["2x4"]
     copy = tmp_path / "twice"
     shutil.copytree(run.folder, copy)
-    (copy / "rollouts.jsonl").write_text("".join(json.dumps(r | {"problem": 0}) + "\n" for r in run.records()))
+    (copy / "rollouts.jsonl").write_text(
+        "".join(json.dumps(r | {"problem": 0}) + "\n" for r in run.records())
+    )
     _, data = report(tmp_path / "report.html", copy)
     _, once = report(tmp_path / "once.html", run.folder)
-    ids = lambda data: [[r["id"] for r in tree["rollouts"] if r["k"] is not None or r["localization"]] for s in data["runs"][0]["steps"] for tree in s["trees"]]  # noqa: E731
+    ids = lambda data: [
+        [r["id"] for r in tree["rollouts"] if r["k"] is not None or r["localization"]]
+        for s in data["runs"][0]["steps"]
+        for tree in s["trees"]
+    ]  # noqa: E731
     assert ids(data) == ids(once)
 
 
@@ -176,12 +249,20 @@ def test_cut_files_missing_rollouts_and_what_is_no_run(runs, tmp_path, capsys):
     with (torn / "rollouts.jsonl").open("a") as file:
         file.write(last + "\n" + last[:100])  # killed while it wrote step 4, which has no step line
     _, cut = report(tmp_path / "cut.html", torn)
-    assert cut["runs"][0]["steps"] == whole["runs"][0]["steps"] and len(cut["runs"][0]["steps"]) == 3
+    assert (
+        cut["runs"][0]["steps"] == whole["runs"][0]["steps"] and len(cut["runs"][0]["steps"]) == 3
+    )
     (torn / "rollouts.jsonl").unlink()
     capsys.readouterr()
     _, none = report(tmp_path / "none.html", torn, runs["grpo"].folder)
-    assert none["runs"][0]["steps"] == [] and none["runs"][1]["steps"] and len(none["runs"][0]["evals"]) == 4
-    assert "no rollouts were saved" in none["notes"][0] and none["notes"][0] in capsys.readouterr().out
+    assert (
+        none["runs"][0]["steps"] == []
+        and none["runs"][1]["steps"]
+        and len(none["runs"][0]["evals"]) == 4
+    )
+    assert (
+        "no rollouts were saved" in none["notes"][0] and none["notes"][0] in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="not a run directory"):
         report(tmp_path / "bad.html", tmp_path)
     with pytest.raises(UserError, match="--out"):
@@ -202,7 +283,11 @@ def test_stays_in_its_size_and_says_what_it_leaves_out(runs, tmp_path, capsys, p
     capsys.readouterr()
     text, data = report(tmp_path / "small.html", *folders, megabytes=size / 1e6)
     said = capsys.readouterr().out
-    assert len(text) <= size and len(data["notes"]) == 2 and all(note in said for note in data["notes"])
+    assert (
+        len(text) <= size
+        and len(data["notes"]) == 2
+        and all(note in said for note in data["notes"])
+    )
     for run, all_of_it in zip(data["runs"], whole["runs"]):
         steps = {s["step"]: s["trees"] for s in all_of_it["steps"]}
         assert all(tree in steps[s["step"]] for s in run["steps"] for tree in s["trees"])
@@ -218,7 +303,11 @@ def test_stays_in_its_size_and_says_what_it_leaves_out(runs, tmp_path, capsys, p
 def test_draws_the_tree_that_the_address_names(runs, tmp_path):
     out = tmp_path / "report.html"
     _, data = report(out, *(run.folder for run in runs.values()))
-    for address, run, step, slot in (("#run=1&step=2&problem=3", 0, 2, 2), ("#run=2&step=1&problem=1", 1, 1, 0), ("#run=3&step=2&problem=4", 2, 2, 3)):
+    for address, run, step, slot in (
+        ("#run=1&step=2&problem=3", 0, 2, 2),
+        ("#run=2&step=1&problem=1", 1, 1, 0),
+        ("#run=3&step=2&problem=4", 2, 2, 3),
+    ):
         page = opened(out, address)
         tree = data["runs"][run]["steps"][step - 1]["trees"][slot]
         text = page.texts["tree"]
@@ -229,17 +318,27 @@ def test_draws_the_tree_that_the_address_names(runs, tmp_path):
             for weight, tokens in zip(r["weights"][r["from"] - 1 :], r["tokens"][r["from"] - 1 :]):
                 if weight:  # three digits of the weights
                     words = re.findall(rf"weight (\S+), {tokens} tokens? at", text)
-                    assert any(float(word.replace("−", "-")) == pytest.approx(weight, rel=0.006) for word in words)
+                    assert any(
+                        float(word.replace("−", "-")) == pytest.approx(weight, rel=0.006)
+                        for word in words
+                    )
         assert page.texts["tree"].count("no variance") == sum(
-            all(r["advantage"] == 0 for r in rows if r["k"] == k) for k in {r["k"] for r in rows} - {None}
+            all(r["advantage"] == 0 for r in rows if r["k"] == k)
+            for k in {r["k"] for r in rows} - {None}
         )
-        drawn = rows + [next(r for r in rows if r["id"] == i) for i in {r["seed"] for r in rows} - {None}]  # a seed is drawn above its fork, too
+        drawn = rows + [
+            next(r for r in rows if r["id"] == i) for i in {r["seed"] for r in rows} - {None}
+        ]  # a seed is drawn above its fork, too
         for sign, kind in ((1, "pos"), (-1, "neg")):
             colored = sum({"cell", kind} <= set(a.get("class", "").split()) for _, a in page.tags)
-            assert colored == 2 * any(r["advantage"] for r in rows) + sum(len(r["thoughts"]) for r in drawn if sign * r["token_weight"] > 0)  # 2: the scale
+            assert colored == 2 * any(r["advantage"] for r in rows) + sum(
+                len(r["thoughts"]) for r in drawn if sign * r["token_weight"] > 0
+            )  # 2: the scale
         resets = {r["k"] for r in rows if r["k"]}
         assert [f"Reset {k}" in text for k in (1, 2)] == [k in resets for k in (1, 2)]
-        assert (sum("branch" in a.get("class", "") for _, a in page.tags)) == sum(r["k"] is not None and r["k"] > 0 for r in rows)
+        assert (sum("branch" in a.get("class", "") for _, a in page.tags)) == sum(
+            r["k"] is not None and r["k"] > 0 for r in rows
+        )
         assert sum(tag == "path" for tag, _ in page.tags) > 8  # the charts
 
 
@@ -261,10 +360,20 @@ def test_buttons_keys_and_selects_change_the_tree_and_the_page_fits_a_phone(runs
         return { seen, signal, run: $("run-metrics").value, width: page.document.documentElement.scrollWidth };
     """, address="#run=1&step=2&problem=1")  # fmt: skip
     hashes = [seen.split()[0] for seen in states["seen"]]
-    assert hashes[:6] == [f"#run=1&step={step}&problem={problem}" for step, problem in ((2, 1), (2, 2), (2, 3), (2, 4), (3, 3), (2, 3))]
-    assert hashes[6].startswith("#run=2&step=2&") and hashes[7].startswith("#run=2&step=") and hashes[7].endswith("&problem=2")
+    assert hashes[:6] == [
+        f"#run=1&step={step}&problem={problem}"
+        for step, problem in ((2, 1), (2, 2), (2, 3), (2, 4), (3, 3), (2, 3))
+    ]
+    assert (
+        hashes[6].startswith("#run=2&step=2&")
+        and hashes[7].startswith("#run=2&step=")
+        and hashes[7].endswith("&problem=2")
+    )
     assert states["signal"] > 0 and states["run"] == "1" and states["width"] <= 360
-    assert [seen.split()[1] for seen in states["seen"][-2:]] == ["false", "false"]  # grpo has no resets
+    assert [seen.split()[1] for seen in states["seen"][-2:]] == [
+        "false",
+        "false",
+    ]  # grpo has no resets
 
 
 @in_browser
@@ -279,18 +388,38 @@ def test_what_a_model_writes_is_text(runs, tmp_path):
     records[0]["thoughts"][0] = "x" * 1999 + "\U0001f600" + "<b>" * 33_000 + "the end"
     (run / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[1] |= {"counters": {HOSTILE[1]: 3, "__proto__": 1}, "finish": {"</script>": 1}, "entropy": float("nan")}
+    lines[1] |= {
+        "counters": {HOSTILE[1]: 3, "__proto__": 1},
+        "finish": {"</script>": 1},
+        "entropy": float("nan"),
+    }
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = tmp_path / "report.html"
     text, _ = report(out, run)
-    assert re.search(r"default-src 'none'; style-src 'sha256-[^']+'; script-src 'sha256-[^']+'; base-uri 'none'; form-action 'none'\"", text)
+    assert re.search(
+        r"default-src 'none'; style-src 'sha256-[^']+'; script-src 'sha256-[^']+'; base-uri 'none'; form-action 'none'\"",
+        text,
+    )
     assert text.count("</script>") == 2 and text.count("<script") == 2 and "<img" not in text
     page = opened(out, "#run=1&step=1&problem=1")
     assert page.title == "SRPO report: srpo 1x4, seed 0"
     made = [tag for tag, _ in page.tags]
-    assert "img" not in made and made.count("script") == 2 and made.count("b") < 100 and not [a for _, a in page.tags for name in a if name.startswith("on")]
+    assert (
+        "img" not in made
+        and made.count("script") == 2
+        and made.count("b") < 100
+        and not [a for _, a in page.tags for name in a if name.startswith("on")]
+    )
     shown = page.texts["tree"]
-    for text in HOSTILE[:3] + HOSTILE[6:] + ["half U+D800 pair U+DC00", "back U+202E drawrof U+2066 isolated", "U+001B[31mredU+001B[0m U+0000 U+009B"]:
+    for text in (
+        HOSTILE[:3]
+        + HOSTILE[6:]
+        + [
+            "half U+D800 pair U+DC00",
+            "back U+202E drawrof U+2066 isolated",
+            "U+001B[31mredU+001B[0m U+0000 U+009B",
+        ]
+    ):
         assert text in shown, text
     assert "show all (101,008 characters)" in shown and "the end" not in shown
     assert HOSTILE[1] in page.texts["metrics"]
@@ -309,5 +438,9 @@ def test_runs_without_rollouts_have_curves(runs, tmp_path):
     out = tmp_path / "report.html"
     report(out, bare)
     page = opened(out)
-    assert "no rollouts were saved" in page.texts["notes"] and "0.550" in page.texts["table"] and "Pass rate in training" in page.texts["metrics"]
+    assert (
+        "no rollouts were saved" in page.texts["notes"]
+        and "0.550" in page.texts["table"]
+        and "Pass rate in training" in page.texts["metrics"]
+    )
     assert page.texts["tree"] == "No trees to show."

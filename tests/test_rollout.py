@@ -12,14 +12,48 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import Enumerable, Letters
-from data.problems import DELIMITER, counters
+from data.english import draw
+from data.faults import counters
+from data.verifiers import DELIMITER
 from localize import by_random, by_verifier
 from loss import chosen_logps, collate
-from rollout import Engine, HFEngine, Request, Rollout, ThoughtTracker, Vocabulary, draw, grpo, resets, run_programs
+from rollout import (
+    Engine,
+    HFEngine,
+    Request,
+    Rollout,
+    ThoughtTracker,
+    Vocabulary,
+    grpo,
+    resets,
+    run_programs,
+)
 
 
-def track(tokenizer, ids, max_thoughts=20, max_tokens_per_thought=99, max_tokens=999, prefix=(), prefix_ends=()):
-    request = Request(0, "base", [], 1, 0, max_tokens, 1.0, 1.0, list(prefix), [], list(prefix_ends), max_thoughts, max_tokens_per_thought)
+def track(
+    tokenizer,
+    ids,
+    max_thoughts=20,
+    max_tokens_per_thought=99,
+    max_tokens=999,
+    prefix=(),
+    prefix_ends=(),
+):
+    request = Request(
+        0,
+        "base",
+        [],
+        1,
+        0,
+        max_tokens,
+        1.0,
+        1.0,
+        list(prefix),
+        [],
+        list(prefix_ends),
+        max_thoughts,
+        max_tokens_per_thought,
+    )
     tracker = ThoughtTracker(Vocabulary(tokenizer), request)
     for token in ids:
         assert tracker.finish is None, "a token after the end"
@@ -39,21 +73,41 @@ BOX = r"\boxed{7}"
         (list("a</thought>b"), [11], None),  # one token per character
         (["a</thou", "ght>b", "c"], [2], None),  # starts and ends inside tokens
         (["a</thought>", "</thought>"], [1, 2], None),  # an empty thought
-        (["a</thought></", "thought>"], [1, 2], None),  # the next delimiter starts inside the token that ends this one
-        (["a</thought>b</thought>c", "d</thought>"], [1, 2], None),  # two in one token: one boundary, thoughts are tokens
+        (
+            ["a</thought></", "thought>"],
+            [1, 2],
+            None,
+        ),  # the next delimiter starts inside the token that ends this one
+        (
+            ["a</thought>b</thought>c", "d</thought>"],
+            [1, 2],
+            None,
+        ),  # two in one token: one boundary, thoughts are tokens
         (["a</thought", "</thought>"], [2], None),  # a broken one first
         (["a</thought >", "b<//thought>", "</THOUGHT>"], [], None),  # look-alikes
         (["x > y", "}", ">"], [], None),
         (["a</thought>", "b", E], [1, 3], "eos"),
         (["a</thought>", E], [1, 2], "eos"),  # ending is a thought too: it can be the wrong one
         ([E], [1], "eos"),
-        (["a</thought>", BOX, " so", "</thought>"], [1, 4], "answer"),  # on to the end of the thought that holds the box
+        (
+            ["a</thought>", BOX, " so", "</thought>"],
+            [1, 4],
+            "answer",
+        ),  # on to the end of the thought that holds the box
         (["a", r"\boxed{", "7", "}", "</thought>"], [5], "answer"),
-        (["a", r"\boxed{\frac{1", "}{2}", "</thought>", "b}", "</thought>"], [4, 6], "answer"),  # closed in a later thought
+        (
+            ["a", r"\boxed{\frac{1", "}{2}", "</thought>", "b}", "</thought>"],
+            [4, 6],
+            "answer",
+        ),  # closed in a later thought
         (["a}</thought>", "b{}</thought>"], [1, 2], None),  # braces, no box
         (["a", r"\boxed{7", "</thought>", "b"], [3], None),  # never closed
         ([BOX, E], [2], "eos"),
-        (["<0x3E>", "a</thought", "<0x3E>"], [], None),  # the names of byte tokens are not their text
+        (
+            ["<0x3E>", "a</thought", "<0x3E>"],
+            [],
+            None,
+        ),  # the names of byte tokens are not their text
     ],
 )
 def test_boundaries_on_hard_tokenizations(pieces, ends, finish):
@@ -69,20 +123,38 @@ def test_budgets():
     assert track(tokenizer, [1, 2, 1, 1, 1, 1], max_tokens_per_thought=4) == ([2, 6], None)
     assert track(tokenizer, [1, 2] * 2, max_thoughts=2) == ([2, 4], "thoughts")
     assert track(tokenizer, [1, 2, 1], max_tokens=3) == ([2, 3], "length")
-    assert track(tokenizer, [1, 2], max_thoughts=2, prefix=[1, 1, 2], prefix_ends=[3]) == ([3, 5], "thoughts")  # the prefix counts
-    assert track(tokenizer, [1, 2], max_tokens=2, prefix=[1, 2], prefix_ends=[2]) == ([2, 4], "length")  # its tokens do not
+    assert track(tokenizer, [1, 2], max_thoughts=2, prefix=[1, 1, 2], prefix_ends=[3]) == (
+        [3, 5],
+        "thoughts",
+    )  # the prefix counts
+    assert track(tokenizer, [1, 2], max_tokens=2, prefix=[1, 2], prefix_ends=[2]) == (
+        [2, 4],
+        "length",
+    )  # its tokens do not
 
 
 def test_boundaries_of_a_real_byte_level_tokenizer():
     """Wherever the tokens fall, a thought ends with the first token after which its text holds a delimiter."""
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     corpus = ["so x>\n\nthe é thought>\n\n</thought>\n\nand √2 </th ought>\n"] * 50
-    raw.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=330, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=330,
+            special_tokens=["<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
     text = "one é√ 2>1</thought>\n\ntwo\n</thought></thought>x</thought \n>y日本</thought>tail"
     ids = tokenizer(text)["input_ids"]
-    assert any(DELIMITER[-1] in tokenizer.decode([i]) and tokenizer.decode([i]) != ">" for i in ids)  # ">" does merge with what is around it
+    assert any(
+        DELIMITER[-1] in tokenizer.decode([i]) and tokenizer.decode([i]) != ">" for i in ids
+    )  # ">" does merge with what is around it
     expected = []
     for end in range(1, len(ids) + 1):
         whole = tokenizer.decode(ids[:end])
@@ -100,8 +172,18 @@ def test_boundaries_of_a_real_byte_level_tokenizer():
 @pytest.mark.parametrize("seed_choice", ["first", "deepest"])
 def test_reset_states_are_exact_and_groups_are_pure(policy, split, seed_source, seed_choice):
     base, prefixes, suffixes = split
-    tasks = policy.tasks(6, 12, "random", base=base, prefixes=prefixes, suffixes=suffixes, seed_source=seed_source, seed_choice=seed_choice)
-    buffers, generated, _ = run_programs([resets(t) for t in tasks], policy.engine)
+    tasks = policy.tasks(
+        6,
+        12,
+        "random",
+        base=base,
+        prefixes=prefixes,
+        suffixes=suffixes,
+        seed_source=seed_source,
+        seed_choice=seed_choice,
+    )
+    sampled = run_programs([resets(t) for t in tasks], policy.engine)
+    buffers, generated = sampled.results, sampled.generated
     seen_suffix = 0
     for task, buffer in zip(tasks, buffers):
         assert len(buffer) == 8
@@ -117,7 +199,9 @@ def test_reset_states_are_exact_and_groups_are_pure(policy, split, seed_source, 
             seen_suffix += 1
             assert len(members) == suffixes
             assert seed.reward == 0 and seed.prompt_ids == task.prompt_ids
-            assert (seed.purpose == "base") == (seed_source == "base" and base > 0 and seed in buffer)
+            assert (seed.purpose == "base") == (
+                seed_source == "base" and base > 0 and seed in buffer
+            )
             for r in members:
                 assert r.seed is seed and r.reset == h
                 assert r.prefix_len == ([0] + seed.thought_ends)[h - 1]
@@ -129,14 +213,16 @@ def test_reset_states_are_exact_and_groups_are_pure(policy, split, seed_source, 
     trained = {id(r) for buffer in buffers for r in buffer}
     assert trained <= {id(r) for r in generated}
     if seed_source == "fresh" and base:
-        assert all(r.seed is None or id(r.seed) not in trained for buffer in buffers for r in buffer)
+        assert all(
+            r.seed is None or id(r.seed) not in trained for buffer in buffers for r in buffer
+        )
 
 
 def test_deepest_takes_the_largest_reset_index(policy):
     first, deepest = ([], [])
     for choice, depths in (("first", first), ("deepest", deepest)):
         tasks = policy.tasks(12, 32, "verifier", seed_choice=choice)
-        buffers, _, _ = run_programs([resets(t) for t in tasks], policy.engine)
+        buffers = run_programs([resets(t) for t in tasks], policy.engine).results
         for task, buffer in zip(tasks, buffers):
             h = next((r.reset for r in buffer if r.reset), None)
             if h is None:
@@ -144,7 +230,9 @@ def test_deepest_takes_the_largest_reset_index(policy):
             depths.append(h)
             failures = [r for r in buffer if r.group[1] == 0 and r.reward == 0]
             if choice == "deepest" and failures:
-                assert h == max(task.problem.check_steps(r.thoughts(policy.tokenizer)) for r in failures)
+                assert h == max(
+                    task.problem.check_steps(r.thoughts(policy.tokenizer)) for r in failures
+                )
     assert np.mean(deepest) > np.mean(first) + 1
 
 
@@ -152,7 +240,8 @@ def test_without_a_failure_it_is_plain_grpo(policy):
     tasks = policy.tasks(1, 6, base=4)
     for task in tasks:
         task.problem.grade = lambda text: 1.0
-    buffers, generated, _ = run_programs([resets(t) for t in tasks], policy.engine)
+    sampled = run_programs([resets(t) for t in tasks], policy.engine)
+    buffers, generated = sampled.results, sampled.generated
     for buffer in buffers:
         assert len(buffer) == 8 and {r.group[1] for r in buffer} == {0}
     assert counters["no_seed"] == 6
@@ -169,7 +258,9 @@ def test_base_group_is_unbiased_by_enumeration(seed_source, localizer):
     toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, seed=1)
 
     def program():
-        task = toy.task(localizer, base=2, prefixes=1, suffixes=2, seed_source=seed_source, max_seed_draws=1)
+        task = toy.task(
+            localizer, base=2, prefixes=1, suffixes=2, seed_source=seed_source, max_seed_draws=1
+        )
         task.problem.check_steps = lambda thoughts: 2 if thoughts[0] == "a" else 1
         return resets(task)
 
@@ -186,12 +277,16 @@ def test_base_group_is_unbiased_by_enumeration(seed_source, localizer):
 @pytest.mark.parametrize("seed_source", ["base", "fresh"])
 def test_base_group_is_unbiased_on_the_embedded_policy(policy, seed_source):
     tasks = policy.tasks(3, 400, "random", seed_source=seed_source)
-    rewards, _, _ = run_programs([grpo(t) for t in policy.tasks(3, 400, seed=0, base=8)], policy.engine)
+    rewards = run_programs(
+        [grpo(t) for t in policy.tasks(3, 400, seed=0, base=8)], policy.engine
+    ).results
     pass_rate = np.mean([[r.reward for r in buffer] for buffer in rewards])
     assert 0.2 < pass_rate < 0.8  # where taking a failure out of the group would show
-    buffers, _, _ = run_programs([resets(t) for t in tasks], policy.engine)
+    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
     base = [r.reward for buffer in buffers for r in buffer if r.group[1] == 0]
-    error = np.sqrt(pass_rate * (1 - pass_rate) * (1 / len(base) + 1 / 3200)) * 1.5  # rollouts of one problem are alike
+    error = (
+        np.sqrt(pass_rate * (1 - pass_rate) * (1 / len(base) + 1 / 3200)) * 1.5
+    )  # rollouts of one problem are alike
     assert abs(np.mean(base) - pass_rate) < 4 * error
 
 
@@ -209,11 +304,15 @@ def test_thought_by_thought_and_one_pass_are_the_same_distribution():
     (one_pass,) = toy.engine.sample([task.request("base", n)])
     rows = toy.engine.sample([task_step(task, n, [])])[0]
     for _ in range(2):  # every row goes on from its own first thoughts
-        rows = [group[0] for group in toy.engine.sample([task_step(task, 1, r.token_ids) for r in rows])]
+        rows = [
+            group[0] for group in toy.engine.sample([task_step(task, 1, r.token_ids) for r in rows])
+        ]
     common = exact * n > 20  # of the others only the total is near normal
     pool = lambda p: np.append(p[common], p[~common].sum())  # noqa: E731
     for sampled in (one_pass, rows):
-        z = (pool(histogram(sampled, toy.responses)) - pool(exact)) / np.sqrt(pool(exact) * (1 - pool(exact)) / n)
+        z = (pool(histogram(sampled, toy.responses)) - pool(exact)) / np.sqrt(
+            pool(exact) * (1 - pool(exact)) / n
+        )
         assert common.sum() > 5 and np.abs(z).max() < 4.5
 
 
@@ -239,10 +338,12 @@ def trainer_logps(model, rollouts, temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_engine_log_probs_equal_the_trainers(policy, temperature):
     """Prefix and suffix: also the resumed prefix gives what one forward over the whole sequence gives."""
-    tasks = policy.tasks(7, 12, "random", temperature=temperature) + policy.tasks(3, 5, "random", temperature=temperature)
+    tasks = policy.tasks(7, 12, "random", temperature=temperature) + policy.tasks(
+        3, 5, "random", temperature=temperature
+    )
     for slot, task in enumerate(tasks):
         task.slot = slot
-    buffers, _, _ = run_programs([resets(t) for t in tasks], policy.engine)
+    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
     rollouts = [r for buffer in buffers for r in buffer]
     assert any(r.prefix_len for r in rollouts)
     logps, sampled = trainer_logps(policy.model, rollouts, temperature)
@@ -252,12 +353,24 @@ def test_engine_log_probs_equal_the_trainers(policy, temperature):
 def test_heads_that_share_keys_and_values(policy):
     """Sampling attends by groups of heads, training as transformers does: the same log-probs, for prompts of unlike lengths."""
     torch.manual_seed(0)
-    config = LlamaConfig(**policy.model.config.to_dict() | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3})
+    config = LlamaConfig(
+        **policy.model.config.to_dict()
+        | {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "initializer_range": 0.3,
+        }
+    )
     model = LlamaForCausalLM(config).eval()
     assert model.config._attn_implementation == "sdpa"
     engine = HFEngine(model, policy.tokenizer)
     assert model.config._attn_implementation == "grouped"
-    requests = [task.request("base", 4) for n in (3, 9) for task in policy.tasks(n, 2, max_thoughts=3, max_tokens_per_thought=8)]
+    requests = [
+        task.request("base", 4)
+        for n in (3, 9)
+        for task in policy.tasks(n, 2, max_thoughts=3, max_tokens_per_thought=8)
+    ]
     rollouts = [r for group in engine.sample(requests) for r in group]
     model.set_attn_implementation("sdpa")
     logps, sampled = trainer_logps(model, rollouts)
@@ -279,7 +392,9 @@ def test_a_response_does_not_depend_on_what_else_is_in_the_batch(policy):
 def test_greedy_equals_transformers_generate(policy):
     tasks = policy.tasks(5, 4, temperature=0.0)
     for task, (ours,) in zip(tasks, policy.engine.sample([t.request("base", 1) for t in tasks])):
-        out = policy.model.generate(torch.tensor([task.prompt_ids]), do_sample=False, max_new_tokens=len(ours.token_ids))
+        out = policy.model.generate(
+            torch.tensor([task.prompt_ids]), do_sample=False, max_new_tokens=len(ours.token_ids)
+        )
         assert out[0, len(task.prompt_ids) :].tolist() == ours.token_ids
 
 
@@ -287,13 +402,22 @@ def test_draw_inverts_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
     B = len(u)
-    for temperature, top_p, p in ((1.0, 1.0, logits[0].softmax(-1)), (0.5, 1.0, (logits[0] / 0.5).softmax(-1))):
-        tokens, logps = draw(logits.expand(B, -1), torch.full((B,), temperature), torch.full((B,), top_p), u)
+    for temperature, top_p, p in (
+        (1.0, 1.0, logits[0].softmax(-1)),
+        (0.5, 1.0, (logits[0] / 0.5).softmax(-1)),
+    ):
+        tokens, logps = draw(
+            logits.expand(B, -1), torch.full((B,), temperature), torch.full((B,), top_p), u
+        )
         assert torch.allclose(torch.bincount(tokens, minlength=4) / B, p, atol=2e-4)
         assert torch.allclose(logps, p.log()[tokens], atol=1e-5)
-    tokens, logps = draw(logits.expand(B, -1), torch.ones(B), torch.full((B,), 0.8), u)  # 2 has 0.64, 1 has 0.24: the nucleus
+    tokens, logps = draw(
+        logits.expand(B, -1), torch.ones(B), torch.full((B,), 0.8), u
+    )  # 2 has 0.64, 1 has 0.24: the nucleus
     assert set(tokens.tolist()) == {1, 2}
-    assert torch.allclose(logps, logits[0].log_softmax(-1)[tokens], atol=1e-5)  # of the whole policy
+    assert torch.allclose(
+        logps, logits[0].log_softmax(-1)[tokens], atol=1e-5
+    )  # of the whole policy
     tokens, _ = draw(logits.expand(B, -1), torch.zeros(B), torch.ones(B), u)
     assert set(tokens.tolist()) == {2}
 
@@ -303,15 +427,23 @@ def test_responses_fit_into_the_context(policy):
     (task,) = policy.tasks(6, 1)
     task.context = len(task.prompt_ids) + 5
     ((rollout,),) = policy.engine.sample([task.request("base", 1)])
-    assert len(rollout.token_ids) == 5 and rollout.finish == "length" and rollout.thought_ends[-1] == 5
+    assert (
+        len(rollout.token_ids) == 5 and rollout.finish == "length" and rollout.thought_ends[-1] == 5
+    )
 
 
 def test_a_request_that_finishes_alone(policy):
     """A localization request has no thoughts: it runs to eos or to its budget."""
     prompt = policy.tasks(3, 1)[0].prompt_ids
-    request = Request(0, "localization", prompt, 2, seed=1, max_tokens=7, temperature=1.0, top_p=1.0)
+    request = Request(
+        0, "localization", prompt, 2, rng_key=1, max_tokens=7, temperature=1.0, top_p=1.0
+    )
     for rollout in policy.engine.sample([request])[0]:
-        assert rollout.finish == "length" and len(rollout.token_ids) == 7 and rollout.thought_ends == [7]
+        assert (
+            rollout.finish == "length"
+            and len(rollout.token_ids) == 7
+            and rollout.thought_ends == [7]
+        )
 
 
 def test_driver_returns_results_in_order_and_counts_everything(policy):
@@ -324,7 +456,8 @@ def test_driver_returns_results_in_order_and_counts_everything(policy):
         return []
         yield
 
-    results, generated, seconds = run_programs([program(1), nothing(), program(3)], policy.engine)
+    sampled = run_programs([program(1), nothing(), program(3)], policy.engine)
+    results, generated, seconds = sampled.results, sampled.generated, sampled.seconds
     assert [len(r) for r in results] == [3, 0, 5] and len(generated) == 8
     assert seconds["base"] > 0 and seconds["suffix"] > 0
     assert all(isinstance(r, Rollout) and r.reward is not None for r in generated)
@@ -346,7 +479,15 @@ class Streaming(Engine):
     def finished(self):
         ticket, request = self.queue.pop(0)
         self.calls.append((time.monotonic(), request.problem))
-        return [(ticket, [Rollout(request.problem, request.purpose, [1], [1], [0.0], [1], "eos", text="x") for _ in range(request.n)])]
+        return [
+            (
+                ticket,
+                [
+                    Rollout(request.problem, request.purpose, [1], [1], [0.0], [1], "eos", text="x")
+                    for _ in range(request.n)
+                ],
+            )
+        ]
 
 
 def test_slow_grading_goes_on_while_others_sample():
@@ -366,7 +507,9 @@ def test_slow_grading_goes_on_while_others_sample():
             sampled_all.set()
         return [first.reward, second.reward]
 
-    results, generated, _ = run_programs([program(i) for i in range(4)], engine)
+    sampled = run_programs([program(i) for i in range(4)], engine)
+
+    results, generated = sampled.results, sampled.generated
     assert results == [[1.0, None], [1.0, None], [2.0, None], [3.0, None]] and order == [1, 2, 3, 0]
     assert [r.problem for r in generated] == [0, 0, 1, 1, 2, 2, 3, 3]
 

@@ -16,7 +16,11 @@ from data.sandbox import call_function, isolation, passes_asserts, run_script, s
 
 DOUBLE = {"stdin": [["2\n", "4\n"], ["5\n", "10\n"], ["7\n", "14"], ["0\n", "0\n"]]}
 CALL = {"call": "f", "cases": [[[2], 4], [[5], 10], [[[1]], [1, 1]]]}
-CHECK = {"call": "f", "setup": "def f(x):\n    pass\n", "check": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(5) == 10\n"}
+CHECK = {
+    "call": "f",
+    "setup": "def f(x):\n    pass\n",
+    "check": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(5) == 10\n",
+}
 
 
 def test_this_machine_isolates():
@@ -53,7 +57,10 @@ def test_a_program_has_limited_time_for_all_its_tests(monkeypatch):
     monkeypatch.setattr(sandbox, "PROGRAM_SECONDS", 3.0)
     start = time.monotonic()
     slow = "n = int(input())\nwhile n: pass\nprint(0)"
-    assert share_passed(slow, {"stdin": [["0", "0"]] + [["1", "0"]] * 50 + [["0", "0"]]}, seconds=1) == 1 / 52
+    assert (
+        share_passed(slow, {"stdin": [["0", "0"]] + [["1", "0"]] * 50 + [["0", "0"]]}, seconds=1)
+        == 1 / 52
+    )
     assert time.monotonic() - start < 20
 
 
@@ -63,7 +70,9 @@ def test_large_arguments_and_results():
     assert call_function("def f(x): return x[::-1]", "f", [numbers]) == numbers[::-1]
     assert run_script("print(input()[::-1])", "ab" * 200_000)[1] == "ba" * 200_000 + "\n"
     start = time.monotonic()
-    assert share_passed("while True: pass", {"call": "f", "cases": [[[numbers], 1]]}, seconds=1) == 0
+    assert (
+        share_passed("while True: pass", {"call": "f", "cases": [[[numbers], 1]]}, seconds=1) == 0
+    )
     assert share_passed("while True: pass", {"stdin": [["1" * 400_000, "1"]]}, seconds=1) == 0
     assert time.monotonic() - start < 20
 
@@ -71,7 +80,13 @@ def test_large_arguments_and_results():
 def test_numbers_and_blanks():
     same = lambda a, b: sandbox.same_output((0, a), b)  # noqa: E731
     assert same("0.30000000000000004\n", "0.3") and same("1 2 \n3\n\n", "1 2\n3") and same("", "\n")
-    assert not same("0.31", "0.3") and not same("12", "1 2") and not same("1\n2", "1 2") and not same("nan", "0.5") and not same("1.0", "1")
+    assert (
+        not same("0.31", "0.3")
+        and not same("12", "1 2")
+        and not same("1\n2", "1 2")
+        and not same("nan", "0.5")
+        and not same("1.0", "1")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ attacks
@@ -86,13 +101,23 @@ def said(program, seconds=3.0, **more):
 
 def attempt(code):
     """A program that says what the attack met."""
-    return "try:\n" + "".join(f"    {line}\n" for line in code.splitlines()) + "    print('done')\nexcept BaseException as fault:\n    print(type(fault).__name__)\n"
+    return (
+        "try:\n"
+        + "".join(f"    {line}\n" for line in code.splitlines())
+        + "    print('done')\nexcept BaseException as fault:\n    print(type(fault).__name__)\n"
+    )
 
 
 def test_infinite_loops_end():
     assert said("while True: pass", 1)[0] not in (0,)
     assert said("import time\ntime.sleep(60)", 1)[0] is None  # no CPU time: the wall clock
-    assert said("import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass", 1)[0] != 0
+    assert (
+        said(
+            "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+            1,
+        )[0]
+        != 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,12 +125,19 @@ def test_infinite_loops_end():
              "import os\nos.posix_spawn('/bin/ls', ['ls'], {})", "import multiprocessing as m\nm.get_context('fork').Process(target=print).start()"])  # fmt: skip
 def test_no_new_processes(fork):
     status, output = said(attempt(fork))
-    assert status == 0 and output.strip() in ("PermissionError", "BlockingIOError", "AssertionError")
+    assert status == 0 and output.strip() in (
+        "PermissionError",
+        "BlockingIOError",
+        "AssertionError",
+    )
 
 
 def test_a_fork_bomb_leaves_nothing():
     said("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", 1)
-    said("import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError: pass", 1)
+    said(
+        "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError: pass",
+        1,
+    )
     assert not [p for p in glob.glob("/proc/[0-9]*/cmdline") if b"data/sandbox.py" in read(p)]
 
 
@@ -121,45 +153,96 @@ def test_memory_and_output_are_bounded():
     assert said("x = []\nwhile True: x.append(bytes(1 << 24))")[0] != 0
     status, output = said("import sys\nwhile True: sys.stdout.write('x' * 65536)")
     assert status != 0 and len(output) <= sandbox.OUTPUT
-    assert "OSError" in said("f = open('big', 'wb')\nf.write(b'x' * (2 << 20))")[1] or said("f = open('big', 'wb', 0)\nf.write(b'x' * (2 << 20))\nf.write(b'x')")[0] != 0
+    assert (
+        "OSError" in said("f = open('big', 'wb')\nf.write(b'x' * (2 << 20))")[1]
+        or said("f = open('big', 'wb', 0)\nf.write(b'x' * (2 << 20))\nf.write(b'x')")[0] != 0
+    )
 
 
 def test_the_environment_is_empty(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    status, output = said("import os\nprint(dict(os.environ))\n" + attempt("print(open(f'/proc/{os.getppid()}/environ').read())"))
+    status, output = said(
+        "import os\nprint(dict(os.environ))\n"
+        + attempt("print(open(f'/proc/{os.getppid()}/environ').read())")
+    )
     assert status == 0 and "hunter2" not in output and "PermissionError" in output
 
 
 def test_no_file_outside(tmp_path):
     before = set(glob.glob(tempfile.gettempdir() + "/program-*"))
     (tmp_path / "data.jsonl").write_text("the expected answers")
-    for path in (tmp_path / "data.jsonl", ROOT / "README.md", "/etc/passwd", "/proc/1/cmdline", "/root", "/tmp"):
-        look = f"import os\nprint(os.listdir({str(path)!r}))" if Path(path).is_dir() else f"print(open({str(path)!r}).read())"
+    for path in (
+        tmp_path / "data.jsonl",
+        ROOT / "README.md",
+        "/etc/passwd",
+        "/proc/1/cmdline",
+        "/root",
+        "/tmp",
+    ):
+        look = (
+            f"import os\nprint(os.listdir({str(path)!r}))"
+            if Path(path).is_dir()
+            else f"print(open({str(path)!r}).read())"
+        )
         assert said(attempt(look))[1].strip() == "PermissionError", path
     for write in (f"open({str(tmp_path / 'new')!r}, 'w')", f"open({str(tmp_path / 'data.jsonl')!r}, 'a')", "open('/tmp/new', 'w')", "open('../new', 'w')",
                   f"import os\nos.remove({str(tmp_path / 'data.jsonl')!r})", f"import os\nos.mkdir({str(tmp_path / 'd')!r})",
                   "import os\nos.symlink('/etc', 'link'); os.listdir('link')", "import os\nos.rename('/usr/bin/env', 'env')"):  # fmt: skip
-        assert said(attempt(write))[1].strip() in ("PermissionError", "OSError", "FileNotFoundError"), write
-    assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"] and (tmp_path / "data.jsonl").read_text() == "the expected answers"
-    assert said(attempt("open('mine', 'w').write('x'); print(open('mine').read())"))[1].split() == ["x", "done"]
+        assert said(attempt(write))[1].strip() in (
+            "PermissionError",
+            "OSError",
+            "FileNotFoundError",
+        ), write
+    assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"] and (
+        tmp_path / "data.jsonl"
+    ).read_text() == "the expected answers"
+    assert said(attempt("open('mine', 'w').write('x'); print(open('mine').read())"))[1].split() == [
+        "x",
+        "done",
+    ]
     assert set(glob.glob(tempfile.gettempdir() + "/program-*")) <= before
 
 
 @pytest.mark.parametrize("kind", ["AF_INET", "AF_INET6", "AF_UNIX"])
 def test_no_sockets(kind):
-    assert said(attempt(f"import socket\nsocket.socket(socket.{kind})"))[1].strip() == "PermissionError"
+    assert (
+        said(attempt(f"import socket\nsocket.socket(socket.{kind})"))[1].strip()
+        == "PermissionError"
+    )
 
 
 def test_the_parent_lives():
     for target in ("os.getppid()", "-1", "0", "1", str(os.getpid())):
         assert said(attempt(f"import os\nos.kill({target}, 9)"))[1].strip() == "PermissionError"
-    assert said(attempt("import os\nos.killpg(os.getpgid(os.getppid()), 9)"))[1].strip() == "PermissionError"
-    assert said(attempt("import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0"))[1].strip() == "AssertionError"
-    assert said(attempt("import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)"))[1].strip() == "PermissionError"
-    assert said(attempt("import resource, os\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (3, 3))"))[1].strip() == "PermissionError"
+    assert (
+        said(attempt("import os\nos.killpg(os.getpgid(os.getppid()), 9)"))[1].strip()
+        == "PermissionError"
+    )
+    assert (
+        said(
+            attempt(
+                "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0"
+            )
+        )[1].strip()
+        == "AssertionError"
+    )
+    assert (
+        said(attempt("import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)"))[1].strip()
+        == "PermissionError"
+    )
+    assert (
+        said(
+            attempt(
+                "import resource, os\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (3, 3))"
+            )
+        )[1].strip()
+        == "PermissionError"
+    )
 
 
-@pytest.mark.parametrize("early", ["raise SystemExit(0)", "import os\nos._exit(0)", "import sys\nsys.exit()"])
+@pytest.mark.parametrize(
+    "early", ["raise SystemExit(0)", "import os\nos._exit(0)", "import sys\nsys.exit()"]
+)
 def test_ending_early_earns_nothing(early):
     for tests in (DOUBLE, CALL, CHECK):
         assert share_passed(early, tests) == 0
@@ -220,5 +303,7 @@ def test_a_machine_without_landlock_runs_nothing(monkeypatch):
 
 
 def test_it_says_what_it_is():
-    done = subprocess.run([sys.executable, "-m", "data.sandbox"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "data.sandbox"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and "sandbox: Landlock, seccomp" in done.stdout

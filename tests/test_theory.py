@@ -26,7 +26,10 @@ def test_policy_advantage_is_the_slope_of_improvement():
 
 def test_exact_exponents():
     rr, caro = ([policy_advantage(p, oracle) for p in theory.RATES] for oracle in (False, True))
-    gains = [[J(p, step_size(mean), oracle) - J(p, 0.0) for p, (mean, _) in zip(theory.RATES, found)] for oracle, found in ((False, rr), (True, caro))]
+    gains = [
+        [J(p, step_size(mean), oracle) - J(p, 0.0) for p, (mean, _) in zip(theory.RATES, found)]
+        for oracle, found in ((False, rr), (True, caro))
+    ]
     samples = [[variance / mean**2 for mean, variance in found] for found in (rr, caro)]
     assert theory.slope(np.divide(*gains[::-1])) == pytest.approx(-1, abs=0.02)
     assert theory.slope(np.divide(*samples)) == pytest.approx(-2, abs=0.02)
@@ -72,12 +75,20 @@ class Coins:
 
     def __init__(self, p, q, seed, **changed):
         self.p, self.rng = p, np.random.default_rng(seed)
-        self.task = SimpleNamespace(cfg=settings(**changed), slot=0, request=lambda purpose, n, seed=None, h=1: (n, seed.prefix(h) if seed else []), localize=self.localize)
+        self.task = SimpleNamespace(
+            cfg=settings(**changed),
+            slot=0,
+            request=lambda purpose, n, seed=None, h=1: (n, seed.prefix(h) if seed else []),
+            localize=self.localize,
+        )
         self.q = q
 
     def localize(self, task, seeds):
         truth = [seed.token_ids.index(0) + 1 for seed in seeds]
-        return [(t if self.rng.random() < self.q else int(self.rng.integers(theory.K)) + 1, "test") for t in truth]
+        return [
+            (t if self.rng.random() < self.q else int(self.rng.integers(theory.K)) + 1, "test")
+            for t in truth
+        ]
         yield
 
     def play(self, program):
@@ -93,7 +104,22 @@ class Coins:
             for n, prefix in requests:
                 draws = (self.rng.random((n, theory.K - len(prefix))) < self.p).astype(int).tolist()
                 tokens = [prefix + d for d in draws]
-                answer.append([Rollout(0, "test", [9], t, [0.0] * theory.K, list(range(1, theory.K + 1)), "thoughts", prefix_len=len(prefix), reward=float(all(t))) for t in tokens])
+                answer.append(
+                    [
+                        Rollout(
+                            0,
+                            "test",
+                            [9],
+                            t,
+                            [0.0] * theory.K,
+                            list(range(1, theory.K + 1)),
+                            "thoughts",
+                            prefix_len=len(prefix),
+                            reward=float(all(t)),
+                        )
+                        for t in tokens
+                    ]
+                )
                 made += n * (theory.K - len(prefix))
 
     def gradient(self, buffer, normalize=True):
@@ -111,8 +137,16 @@ class Coins:
 METHODS = {
     "grpo": (dict(base=8, prefixes=0), grpo, lambda chain: chain.group(0, N)),
     "first": (dict(base=4), resets, lambda chain: chain.resets(0.6, 4, "first")),
-    "deepest": (dict(base=4, seed_choice="deepest"), resets, lambda chain: chain.resets(0.6, 4, "deepest")),
-    "fresh": (dict(base=0, suffixes=8, seed_source="fresh"), resets, lambda chain: chain.resets(0.6, 0, "first")),
+    "deepest": (
+        dict(base=4, seed_choice="deepest"),
+        resets,
+        lambda chain: chain.resets(0.6, 4, "deepest"),
+    ),
+    "fresh": (
+        dict(base=0, suffixes=8, seed_source="fresh"),
+        resets,
+        lambda chain: chain.resets(0.6, 0, "first"),
+    ),
 }
 
 
@@ -128,12 +162,20 @@ def test_exact_gradients_agree_with_the_projects_programs_and_loss(name):
         assert len(buffer) == N
         gradients.append(coins.gradient(buffer))
         thoughts.append(made)
-    found, (on, off), thoughts = measure(terms(Chain(P))), np.stack(gradients, 1), np.array(thoughts)
+    found, (on, off), thoughts = (
+        measure(terms(Chain(P))),
+        np.stack(gradients, 1),
+        np.array(thoughts),
+    )
     assert found["total"] == pytest.approx(1)
     assert (np.abs(on.mean(0) - found["mean"]) < 5 * on.std(0) / n**0.5).all()
     assert abs(thoughts.mean() - found["thoughts"]) <= 5 * thoughts.std() / n**0.5 + 1e-9
     uphill = on.sum(1) / theory.K**0.5  # along g
-    for samples, exact in [((on - found["mean"]) ** 2, np.diag(found["cov"])), ((uphill - uphill.mean()) ** 2, found["cov"].mean() * theory.K), ((off**2).sum(1), found["off"])]:
+    for samples, exact in [
+        ((on - found["mean"]) ** 2, np.diag(found["cov"])),
+        ((uphill - uphill.mean()) ** 2, found["cov"].mean() * theory.K),
+        ((off**2).sum(1), found["off"]),
+    ]:
         assert (np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / n**0.5).all()
 
 
@@ -147,7 +189,10 @@ def test_grpo_without_std_ascends_the_pass_rate():
 @pytest.mark.parametrize("split", theory.SPLITS.values())
 def test_an_exact_localizer_has_more_signal_than_chance(split):
     for P in (0.01, 0.04):
-        (snr, along), (snr_random, along_random) = theory.relative(P, 1.0, split), theory.relative(P, 0.0, split)
+        (snr, along), (snr_random, along_random) = (
+            theory.relative(P, 1.0, split),
+            theory.relative(P, 0.0, split),
+        )
         assert snr > snr_random and along > along_random
         assert along > 1 > along_random
 
@@ -165,7 +210,9 @@ def small_step(q, choice="first", base=4, seed=0):
 @pytest.mark.parametrize("choice", ["first", "deepest"])
 def test_simulated_resets_keep_the_prefix_and_train_the_suffix(choice):
     truth, probs, ((used, states, w), (used_s, suffixes, w_s)), spent = small_step(1.0, choice)
-    shared = (suffixes == suffixes[:, :, :1]).all(2).long().cumprod(-1).sum(-1)  # [B, P] thoughts that the four have in common
+    shared = (
+        (suffixes == suffixes[:, :, :1]).all(2).long().cumprod(-1).sum(-1)
+    )  # [B, P] thoughts that the four have in common
     h = (w_s != 0).any(2).float().argmax(-1)  # first trained thought
     trained = (w_s != 0).any(-1).any(-1)
     wrong = truth.flatten()[used] != states
@@ -192,7 +239,9 @@ def test_simulated_weights_are_those_of_the_project():
             continue
         as_rollouts = [Rollout(0, "test", [0], chain.tolist(), [], [], "thoughts", prefix_len=h * k, group=(0, k), reward=float(v.sum() > 0))
                        for k, (chains, weight) in enumerate(((states, w), (suffixes, w_s))) for chain, v in zip(chains[b, i], weight[b, i])]  # fmt: skip
-        set_advantages(as_rollouts)  # a positive weight is a right answer, where the group has both kinds
+        set_advantages(
+            as_rollouts
+        )  # a positive weight is a right answer, where the group has both kinds
         expected = torch.tensor([token_weights(r, N * theory.PROMPTS) for r in as_rollouts])
         torch.testing.assert_close(torch.cat([w[b, i], w_s[b, i]]), expected, rtol=1e-4, atol=1e-7)
         compared += 1
@@ -209,7 +258,12 @@ def test_closed_form_gradient_is_that_of_the_surrogate():
 
 def test_pass_rate_is_exact():
     truth, logits = theory.start_policies(0.8, 0.95, [0])
-    probs, ops = logits.softmax(-1), torch.randint(theory.OPS, (1, 3, theory.LENGTH), generator=torch.Generator().manual_seed(1))
+    probs, ops = (
+        logits.softmax(-1),
+        torch.randint(
+            theory.OPS, (1, 3, theory.LENGTH), generator=torch.Generator().manual_seed(1)
+        ),
+    )
     rng, first = torch.Generator().manual_seed(2), torch.arange(theory.STATES).repeat(1, 3)
     ops_each = ops.repeat_interleave(theory.STATES, 1)
     states, _ = theory.sample(probs.cumsum(-1)[0], ops_each, first, 200, rng)
@@ -217,11 +271,17 @@ def test_pass_rate_is_exact():
     for k in range(theory.LENGTH):
         answer = truth.flatten()[theory.facts(ops_each[:, :, k], answer)]
     right = (states[..., -1] == answer[..., None]).float()
-    assert abs(right.mean() - theory.pass_rate(probs, truth, ops)[0]) < 5 * right.std() / right.numel() ** 0.5
+    assert (
+        abs(right.mean() - theory.pass_rate(probs, truth, ops)[0])
+        < 5 * right.std() / right.numel() ** 0.5
+    )
 
 
 def test_same_seed_same_numbers_and_training_learns():
-    first, again, other = (theory.train((0.7, 0.99), "plain gradient", (1700.0,), [s, s + 1], 6, base=4, q=1.0)[3] for s in (0, 0, 5))
+    first, again, other = (
+        theory.train((0.7, 0.99), "plain gradient", (1700.0,), [s, s + 1], 6, base=4, q=1.0)[3]
+        for s in (0, 0, 5)
+    )
     assert torch.equal(first, again) and not torch.equal(first[0], other[0])
     assert (first[-1] > first[0] + 0.1).all()
 
@@ -234,5 +294,9 @@ def test_command_line_prints_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(theory, "STARTS", [0.04, 0.15])
     theory.main(["--seeds", "2", "--steps", "4", "--out", str(tmp_path / "theory.png")])
     out = capsys.readouterr().out
-    assert "| samples, RR / CARO | -2 | -2.0" in out and "**AdamW, start 0.1" in out and "When are resets worth it" in out
+    assert (
+        "| samples, RR / CARO | -2 | -2.0" in out
+        and "**AdamW, start 0.1" in out
+        and "When are resets worth it" in out
+    )
     assert (tmp_path / "theory.png").stat().st_size > 20_000

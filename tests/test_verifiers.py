@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from data import prepare
+from data.faults import UserError, counters
 from data.prepare import SETS, convert, half, main, verifiable
-from data.problems import Problem, UserError, counters, load_problems
+from data.problems import Problem
+from data.tasks import load_problems
 from rollout import encode_question
 
 
@@ -63,7 +65,10 @@ def test_programs_in_responses(response, reward):
         ('{"question": "q", "answer": "BC", "kind": "choice"}', "answer 'BC' is not a letter"),
         ('{"question": "q", "answer": "maybe", "kind": "yes_no"}', "is not yes, no, true or false"),
         ('{"question": "q", "kind": "code"}', "field 'tests' of a code problem"),
-        ('{"question": "q", "kind": "code", "tests": {"call": "f"}}', "field 'tests' of a code problem"),
+        (
+            '{"question": "q", "kind": "code", "tests": {"call": "f"}}',
+            "field 'tests' of a code problem",
+        ),
         ('{"question": "q", "answer": "", "kind": "text"}', "field 'answer' is missing"),
         ('{"question": "q", "answer": "1", "kind": "steps"}', "unknown kind 'steps'"),
     ],
@@ -91,15 +96,31 @@ class Words:
 
 def test_prompts_ask_for_what_the_verifier_reads():
     prompt = lambda kind: encode_question(Words(), Problem(0, "Q?", "", kind))[0]  # noqa: E731
-    assert all("Q?" in prompt(kind) and "</thought>" in prompt(kind) for kind in ("math", "choice", "code"))
-    assert r"\boxed{}" in prompt("math") and "letter" in prompt("choice") and "yes or no" in prompt("yes_no")
+    assert all(
+        "Q?" in prompt(kind) and "</thought>" in prompt(kind) for kind in ("math", "choice", "code")
+    )
+    assert (
+        r"\boxed{}" in prompt("math")
+        and "letter" in prompt("choice")
+        and "yes or no" in prompt("yes_no")
+    )
     assert "```python" in prompt("code") and "boxed" not in prompt("code")
 
 
 # ------------------------------------------------------------------------------------------------------------------ the sets
 
-PRIVATE = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{"input": "1", "output": "2"}, {"input": "3", "output": "6"}])))).decode()
-LCB = {"difficulty": "medium", "question_content": "Double it.", "starter_code": "", "metadata": "{}", "private_test_cases": PRIVATE}
+PRIVATE = base64.b64encode(
+    zlib.compress(
+        pickle.dumps(json.dumps([{"input": "1", "output": "2"}, {"input": "3", "output": "6"}]))
+    )
+).decode()
+LCB = {
+    "difficulty": "medium",
+    "question_content": "Double it.",
+    "starter_code": "",
+    "metadata": "{}",
+    "private_test_cases": PRIVATE,
+}
 RECORDS = {  # one record in each set's own layout -> (answer, kind), or None where it is not of the set
     "gsm8k": [({"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,002"}, ("1002", "math"))],
     "math500": [({"problem": "q", "answer": r"\frac12", "solution": "s"}, (r"\frac12", "math"))],
@@ -141,16 +162,29 @@ def test_livecodebench_tests_are_halved_and_never_executed():
     evil = base64.b64encode(zlib.compress(pickle.dumps(print))).decode()
     with pytest.raises(UserError, match="hold builtins.print"):
         SETS["livecodebench_medium"].convert(LCB | {"private_test_cases": evil})
-    call = SETS["livecodebench_medium"].convert(LCB | {"metadata": '{"func_name": "f"}', "private_test_cases": '[{"input": "[1, 2]\\n3", "output": "true"}]'})
+    call = SETS["livecodebench_medium"].convert(
+        LCB
+        | {
+            "metadata": '{"func_name": "f"}',
+            "private_test_cases": '[{"input": "[1, 2]\\n3", "output": "true"}]',
+        }
+    )
     assert call["tests"] == {"call": "f", "cases": [[[[1, 2], 3], True]]}
 
 
 def test_samples_are_seeded_and_split_without_overlap():
-    records = [{"problem": f"q{i}", "source": "olympiads", "solution": rf"\boxed{{{i}}}"} for i in range(700)]
+    records = [
+        {"problem": f"q{i}", "source": "olympiads", "solution": rf"\boxed{{{i}}}"}
+        for i in range(700)
+    ]
     parts = convert("numinamath_olympiads", records)
     assert parts == convert("numinamath_olympiads", records)
     train, test = ({p["question"] for p in parts[part]} for part in ("train", "test"))
-    assert (len(train), len(test)) == (400, 100) and not train & test and "q0" not in list(parts["train"][0].values())
+    assert (
+        (len(train), len(test)) == (400, 100)
+        and not train & test
+        and "q0" not in list(parts["train"][0].values())
+    )
 
 
 @pytest.mark.parametrize("answer, kept", [(r"\frac{3}{4}", True), ("B", True), ("(C)", True), (r"2\sqrt{3}", True), ("x + y", False), ("12 cm", False), ("50%", False),
@@ -168,16 +202,27 @@ def refused(argv):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     source = tmp_path / "raw.jsonl"
-    source.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"so\n#### {i}"}) + "\n" for i in range(5)))
+    source.write_text(
+        "".join(
+            json.dumps({"question": f"q{i}", "answer": f"so\n#### {i}"}) + "\n" for i in range(5)
+        )
+    )
     main(["gsm8k", "--from", str(source), "--out", str(tmp_path / "out")])
-    assert "5 problems of 5 records; 5 of 5 reference answers pass their own verifier (100.00%)" in capsys.readouterr().out
-    assert [p.answer for p in load_problems(str(tmp_path / "out" / "gsm8k.jsonl"), seed=0)] == list("01234")
+    assert (
+        "5 problems of 5 records; 5 of 5 reference answers pass their own verifier (100.00%)"
+        in capsys.readouterr().out
+    )
+    assert [p.answer for p in load_problems(str(tmp_path / "out" / "gsm8k.jsonl"), seed=0)] == list(
+        "01234"
+    )
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["gsm8k.jsonl"]
     main(["--list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in SETS)
     assert "not a set that is known here" in refused(["gsm9k"])
-    assert "not in the layout of openai/gsm8k" in refused(["gsm8k", "--from", tmp_path / "out" / "gsm8k.jsonl", "--out", tmp_path / "no"])
+    assert "not in the layout of openai/gsm8k" in refused(
+        ["gsm8k", "--from", tmp_path / "out" / "gsm8k.jsonl", "--out", tmp_path / "no"]
+    )
     assert "cannot be read" in refused(["gsm8k", "--from", tmp_path / "none.jsonl"])
     assert "name one" in refused(["gsm8k", "math500", "--from", source])
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
@@ -188,7 +233,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- the real records
 
 DATA = Path(os.environ.get("SRPO_DATA", "nowhere"))
-real = pytest.mark.skipif(not DATA.is_dir(), reason="needs copies of the public files, in the folder that SRPO_DATA names; the repository does not hold them")
+real = pytest.mark.skipif(
+    not DATA.is_dir(),
+    reason="needs copies of the public files, in the folder that SRPO_DATA names; the repository does not hold them",
+)
 FILES = {
     "gsm8k": "gsm8k/test.jsonl", "math500": "math500/test.jsonl", "math_level5": "math/test.jsonl", "aime24": "math_evals/aime24.jsonl",
     "olympiadbench": "math_evals/olympiadbench.jsonl", "theoremqa": "theoremqa/theoremqa_test.json", "csqa": "csqa/dev_rand_split.jsonl",
@@ -201,9 +249,13 @@ EQUAL = {("5", "x=5"), ("0.0", "0")}  # neighbours that are the same answer in o
 @pytest.mark.parametrize("name", FILES)
 def test_real_references_pass_and_their_neighbours_do_not(name):
     (problems,) = convert(name, prepare.read_local(DATA / FILES[name])).values()
-    graded, rejected = prepare.check(problems[:: max(1, len(problems) // 40)])  # the command grades all of them
+    graded, rejected = prepare.check(
+        problems[:: max(1, len(problems) // 40)]
+    )  # the command grades all of them
     assert graded >= 30 and len(rejected) <= 0.005 * graded, rejected[:3]
     math = [p for p in problems if p["kind"] == "math"][:50]
     for p, neighbour in zip(math, math[1:]):
         if p["answer"] != neighbour["answer"] and (p["answer"], neighbour["answer"]) not in EQUAL:
-            assert Problem(0, "", p["answer"], "math").grade(f"\\boxed{{{neighbour['answer']}}}") == 0, (p["answer"], neighbour["answer"])
+            assert (
+                Problem(0, "", p["answer"], "math").grade(f"\\boxed{{{neighbour['answer']}}}") == 0
+            ), (p["answer"], neighbour["answer"])

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
+from test_rollout import trainer_logps
+from test_run import lines_of
 
 from conftest import POLICY, ROOT
 from rollout import HFEngine, grpo, make_engine, resets, run_programs
-from test_rollout import trainer_logps
-from test_run import lines_of
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
     pytest.importorskip("vllm", reason="vLLM is not installed; see Install in README.md")
@@ -33,7 +33,11 @@ def restored(policy, vllm):
 
 
 def greedy(policy, **changed):
-    return [task.request("base", 1) for task in policy.tasks(12, 12, temperature=0.0, **changed) + policy.tasks(3, 12, temperature=0.0, **changed)]
+    return [
+        task.request("base", 1)
+        for task in policy.tasks(12, 12, temperature=0.0, **changed)
+        + policy.tasks(3, 12, temperature=0.0, **changed)
+    ]
 
 
 def flat(groups):
@@ -45,10 +49,19 @@ def shape(rollouts):
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, dict(max_thoughts=3), dict(max_tokens_per_thought=4), dict(max_tokens_per_thought=5, max_thoughts=2)], ids=str
+    "changed",
+    [
+        {},
+        dict(max_thoughts=3),
+        dict(max_tokens_per_thought=4),
+        dict(max_tokens_per_thought=5, max_thoughts=2),
+    ],
+    ids=str,
 )
 def test_greedy_parity_boundaries_and_stops(policy, vllm, changed):
-    ours, theirs = (flat(engine.sample(greedy(policy, **changed))) for engine in (policy.engine, vllm))
+    ours, theirs = (
+        flat(engine.sample(greedy(policy, **changed))) for engine in (policy.engine, vllm)
+    )
     assert shape(theirs) == shape(ours)
     assert max(abs(a - b) for r, s in zip(ours, theirs) for a, b in zip(r.logps, s.logps)) < 1e-3
 
@@ -56,7 +69,9 @@ def test_greedy_parity_boundaries_and_stops(policy, vllm, changed):
 def test_stops_at_the_end_of_the_context(policy, vllm):
     (task,) = policy.tasks(6, 1, temperature=0.0)
     task.context = len(task.prompt_ids) + 5
-    ours, theirs = (flat(engine.sample([task.request("base", 1)])) for engine in (policy.engine, vllm))
+    ours, theirs = (
+        flat(engine.sample([task.request("base", 1)])) for engine in (policy.engine, vllm)
+    )
     assert shape(theirs) == shape(ours) and theirs[0].finish == "length"
 
 
@@ -64,14 +79,20 @@ def test_stops_at_the_end_of_the_context(policy, vllm):
 def test_log_probs_are_the_trainers(policy, vllm, temperature):
     """Base rollouts, seeds, localization answers and suffixes from resumed prefixes, at the sampling temperature."""
     tasks = policy.tasks(7, 16, "self", temperature=temperature, localize_temperature=temperature)
-    buffers, generated, _ = run_programs([resets(task) for task in tasks], vllm)
+    sampled = run_programs([resets(task) for task in tasks], vllm)
+    buffers, generated = sampled.results, sampled.generated
     rollouts = flat(buffers)
-    assert {"base", "suffix", "localization"} <= {r.purpose for r in generated} and any(r.prefix_len for r in rollouts)
+    assert {"base", "suffix", "localization"} <= {r.purpose for r in generated} and any(
+        r.prefix_len for r in rollouts
+    )
     logps, sampled = trainer_logps(policy.model, generated, temperature)
     assert (logps - sampled).abs().max() < 2e-3
     for r in rollouts:
         if r.prefix_len:
-            assert r.token_ids[: r.prefix_len] == r.seed.token_ids[: r.prefix_len] and r.logps[: r.prefix_len] == r.seed.logps[: r.prefix_len]
+            assert (
+                r.token_ids[: r.prefix_len] == r.seed.token_ids[: r.prefix_len]
+                and r.logps[: r.prefix_len] == r.seed.logps[: r.prefix_len]
+            )
 
 
 def test_samples_are_a_function_of_the_request(policy, vllm):
@@ -87,7 +108,9 @@ def test_samples_the_policys_distribution(policy, vllm):
     """The first answers of both engines come with the same frequencies: pass rates agree within their noise."""
     rates = []
     for engine in (policy.engine, vllm):
-        buffers, _, _ = run_programs([grpo(task) for task in policy.tasks(2, 150, base=4)], engine)
+        buffers = run_programs(
+            [grpo(task) for task in policy.tasks(2, 150, base=4)], engine
+        ).results
         rates.append(sum(r.reward for r in flat(buffers)) / 600)
     assert 0.1 < rates[0] < 0.9 and abs(rates[0] - rates[1]) < 4 * (2 * 0.25 / 600) ** 0.5
 
@@ -105,7 +128,9 @@ def test_sync_and_the_cache_reset_it_needs(policy, vllm, restored, monkeypatch):
     """After a sync greedy samples are those of the new weights. With the old prefix cache left in place the same check fails."""
     tasks = policy.tasks(12, 12, temperature=0.0)
     seeds = flat(vllm.sample([task.request("base", 1) for task in tasks]))
-    requests = [task.request("suffix", 1, seed, 8) for task, seed in zip(tasks, seeds)]  # prefixes longer than a block of the cache
+    requests = [
+        task.request("suffix", 1, seed, 8) for task, seed in zip(tasks, seeds)
+    ]  # prefixes longer than a block of the cache
     old = shape(flat(vllm.sample(requests)))
     model = perturbed(policy, 0.6)
     new = shape(flat(HFEngine(model, policy.tokenizer).sample(requests)))
@@ -153,7 +178,9 @@ print("tied weights agree")
 
 
 def run_python(*args, **kwargs):
-    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=400, **kwargs)
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=400, **kwargs
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
@@ -174,7 +201,9 @@ def test_auto_takes_vllm_and_a_run_resumes(tmp_path):
     run_python(ROOT / "srpo.py", "--resume", out, "--steps", 3)
     lines = lines_of(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert all(line["gap_max"] is None or line["gap_max"] < 2e-3 for line in lines[1:]) and any(line["gap_max"] for line in lines[1:])
+    assert all(line["gap_max"] is None or line["gap_max"] < 2e-3 for line in lines[1:]) and any(
+        line["gap_max"] for line in lines[1:]
+    )
 
 
 def with_a_fourth_head(model, folder):
@@ -184,7 +213,11 @@ def with_a_fourth_head(model, folder):
     wider = type(model)(wide)
     weights = model.state_dict()
     for name, p in wider.named_parameters():
-        padding = [x for have, want in zip(reversed(weights[name].shape), reversed(p.shape)) for x in (0, want - have)]
+        padding = [
+            x
+            for have, want in zip(reversed(weights[name].shape), reversed(p.shape))
+            for x in (0, want - have)
+        ]
         p.data = torch.nn.functional.pad(weights[name], padding)
     ids = torch.arange(9)[None]
     assert torch.allclose(wider(ids).logits, model(ids).logits, atol=1e-5)
@@ -197,8 +230,22 @@ def test_two_processes(tmp_path, policy, tp, lora_rank):
     with_a_fourth_head(policy.model, tmp_path / "model")
     policy.tokenizer.save_pretrained(tmp_path / "model")
     out = tmp_path / "run"
-    settings = [*STEPS.split(), "--model", tmp_path / "model", "--lr", "1e-3", "--tp", tp, "--lora_rank", lora_rank, "--out_dir", out]
+    settings = [
+        *STEPS.split(),
+        "--model",
+        tmp_path / "model",
+        "--lr",
+        "1e-3",
+        "--tp",
+        tp,
+        "--lora_rank",
+        lora_rank,
+        "--out_dir",
+        out,
+    ]
     run_python("-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "srpo.py", *settings)
     lines = lines_of(out / "metrics.jsonl")
     assert len(lines) == 3 and json.loads((out / "config.json").read_text())["tp"] == tp
-    assert all(line["gap_max"] is None or line["gap_max"] < 2e-3 for line in lines[1:]) and any(line["gap_max"] for line in lines[1:])
+    assert all(line["gap_max"] is None or line["gap_max"] < 2e-3 for line in lines[1:]) and any(
+        line["gap_max"] for line in lines[1:]
+    )

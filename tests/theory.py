@@ -21,12 +21,24 @@ import torch
 
 # ------------------------------------------------------------------------------- lesson 1: conservative policy iteration
 
-H, DELTA, KAPPA = 4, 1 / 8, 0.5  # decisions; advantage of the right action at an improvable state; how much actions change later states
+H, DELTA, KAPPA = (
+    4,
+    1 / 8,
+    0.5,
+)  # decisions; advantage of the right action at an improvable state; how much actions change later states
 RATES = [2.0**-k for k in range(1, 7)]  # p
-CONFIDENCE, Z = 0.9, 1.2816  # how surely the sign of the estimated advantage is to be right, and the normal quantile of that
+CONFIDENCE, Z = (
+    0.9,
+    1.2816,
+)  # how surely the sign of the estimated advantage is to be right, and the normal quantile of that
 PATHS = np.array(list(product((0, 1), repeat=2 * H))).reshape(-1, 2, H)
-C, A = PATHS[:, 0], PATHS[:, 1]  # [L, H] of all paths. c = 1: improvable, there a = 1 adds DELTA to the chance of reward and a = 0 takes it away
-GAIN = (C * (2 * A - 1)).cumsum(1)  # [L, H] m: right minus wrong actions so far. Reward 1 with probability 1/2 + DELTA m: noise at every p
+C, A = (
+    PATHS[:, 0],
+    PATHS[:, 1],
+)  # [L, H] of all paths. c = 1: improvable, there a = 1 adds DELTA to the chance of reward and a = 0 takes it away
+GAIN = (C * (2 * A - 1)).cumsum(
+    1
+)  # [L, H] m: right minus wrong actions so far. Reward 1 with probability 1/2 + DELTA m: noise at every p
 
 
 def path_probability(p, alpha, oracle=False):
@@ -52,7 +64,9 @@ def policy_advantage(p, oracle=False):
     V = 0.5 + DELTA * (GAIN - C * (2 * A - 1))  # before the decision
     Q = V + DELTA * C
     mean = (weight * (Q - V)).sum()
-    return mean, (weight * (Q * (1 - V) + V * (1 - Q))).sum() - mean**2  # X^2 is 1 where the two rewards differ
+    return mean, (
+        weight * (Q * (1 - V) + V * (1 - Q))
+    ).sum() - mean**2  # X^2 is 1 where the two rewards differ
 
 
 def step_size(advantage):
@@ -86,7 +100,9 @@ def walk(state, stop, p, rng, greedy=False, alpha=0.0):
         if greedy:
             right |= h == k
         m += (active & c) * (2 * right.astype(np.int8) - 1)
-        chance = np.where(right, np.uint16(UNIT * p * (1 - KAPPA)), np.uint16(UNIT * p * (1 + KAPPA)))
+        chance = np.where(
+            right, np.uint16(UNIT * p * (1 - KAPPA)), np.uint16(UNIT * p * (1 + KAPPA))
+        )
         c = np.where(active, draw(len(h), rng) < chance, c)
     return stop, c, m
 
@@ -158,7 +174,9 @@ def lesson1(seed, replicates=(320, 2000), bootstraps=500):
         sizes, sums, asked = sampled_advantage(p, oracle, replicates[k], rng)
         point[1, k, i] = samples_needed(sizes, right_signs(sums).mean(0))
         t = np.abs(np.log(sizes / point[1, k, i])).argmin()
-        gains = J(p, step_size(sums[:, t] / sizes[t]), oracle) - J(p, 0.0)  # each replicate steps by its own estimate
+        gains = J(p, step_size(sums[:, t] / sizes[t]), oracle) - J(
+            p, 0.0
+        )  # each replicate steps by its own estimate
         point[0, k, i] = gains.mean()
         for b in range(bootstraps):
             weight = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums))) / len(sums)
@@ -169,11 +187,19 @@ def lesson1(seed, replicates=(320, 2000), bootstraps=500):
     print(f"\n## 1. Conservative Policy Iteration: {H} decisions, advantage {DELTA} at improvable states\n\n| p | A of RR | alpha RR / CARO | J'-J of RR, CARO, exact | CARO / RR "
           f"| sampled | samples of RR, CARO, exact | RR / CARO | sampled | oracle calls of CARO |\n|{'---|' * 10}")  # fmt: skip
     for i, p in enumerate(RATES):
-        mean, ((a, b), (c, d)) = policy_advantage(p)[0], (interval(gain_b[:, i]), interval(need_b[:, i]))
+        mean, ((a, b), (c, d)) = (
+            policy_advantage(p)[0],
+            (interval(gain_b[:, i]), interval(need_b[:, i])),
+        )
         print(f"| 1/{1 / p:.0f} | {mean:.4f} | {step_size(mean):.5f} / {step_size(DELTA):.5f} | {exact[0, 0, i]:.2e}, {exact[0, 1, i]:.2e} | {gain[i]:.2f} | {gain_s[i]:.2f} ({a:.2f} to {b:.2f}) "
               f"| {exact[1, 0, i]:,.0f}, {exact[1, 1, i]:,.0f} | {need[i]:,.0f} | {need_s[i]:,.0f} ({c:,.0f} to {d:,.0f}) | {calls[i]:,.0f} |")  # fmt: skip
-    print("\n| exponent of p | theory | exact | sampled, 95% bootstrap interval |\n|---|---|---|---|")
-    found = {"improvement, CARO / RR": (gain, gain_s, gain_b), "samples, RR / CARO": (need, need_s, need_b)}
+    print(
+        "\n| exponent of p | theory | exact | sampled, 95% bootstrap interval |\n|---|---|---|---|"
+    )
+    found = {
+        "improvement, CARO / RR": (gain, gain_s, gain_b),
+        "samples, RR / CARO": (need, need_s, need_b),
+    }
     for theory, (what, (x, s, b)) in zip((-1, -2), found.items()):
         low, high = interval(slope(b))
         print(f"| {what} | {theory} | {slope(x):.3f} | {slope(s):.2f} ({low:.2f} to {high:.2f}) |")
@@ -186,7 +212,13 @@ def lesson1(seed, replicates=(320, 2000), bootstraps=500):
 
 K, N = 6, 8  # thoughts of a chain, trained rollouts of a prompt
 STARTS = [0.01, 0.04, 0.15, 0.5]  # P, pass rate
-ACCURACIES = [0.0, 0.25, 0.5, 0.75, 1.0]  # q, how often the localizer names the true first error, else any thought; 0 is RRPO
+ACCURACIES = [
+    0.0,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+]  # q, how often the localizer names the true first error, else any thought; 0 is RRPO
 SPLITS = {"1x4": (4, "first"), "1x4 deepest": (4, "deepest"), "1x8, fresh seed": (0, "first")}
 
 
@@ -194,7 +226,11 @@ def advantages(right, G, normalize=True):
     """(A of right rollouts, A of wrong ones) in a group of G with `right` rewards of 1: loss.set_advantages."""
     mean = right / G
     std = math.sqrt(mean * (1 - mean))
-    return (0.0, 0.0) if std < 1e-8 else tuple((r - mean) / (std if normalize else 1.0) for r in (1, 0))
+    return (
+        (0.0, 0.0)
+        if std < 1e-8
+        else tuple((r - mean) / (std if normalize else 1.0) for r in (1, 0))
+    )
 
 
 def binomial(n, k, p):
@@ -214,7 +250,9 @@ class Chain:
         p = self.p
         self.u = np.tril(np.full((K + 1, K), 1 - p), -1)
         self.u[range(K), range(K)] = -p
-        self.off = (K - 1.0 - np.arange(K)) * p * (1 - p)  # [K] of a failure at j: summed variance of its scores after the error
+        self.off = (
+            (K - 1.0 - np.arange(K)) * p * (1 - p)
+        )  # [K] of a failure at j: summed variance of its scores after the error
 
     def failure(self, h=0, among=1.0):
         """(mean [K], covariance [K, K], off-chain noise) of the scores of a failure from thought h on; among [K]: chance of each j to be let in."""
@@ -229,29 +267,55 @@ class Chain:
         mean, cov, off = self.failure(h)
         for right in range(passed, G + 1):
             T = K - h if self.length == "trained" else K
-            a, b = (A / (N * T) for A in advantages(right, G, normalize))  # loss.token_weights: A / (|T| N)
+            a, b = (
+                A / (N * T) for A in advantages(right, G, normalize)
+            )  # loss.token_weights: A / (|T| N)
             n, u = G - right, self.u[K] * (np.arange(K) >= h)
-            yield binomial(G - passed, right - passed, self.p ** (K - h)), right * a * u + n * b * mean, n * b**2 * cov, n * b**2 * off, G * (K - h)
+            yield (
+                binomial(G - passed, right - passed, self.p ** (K - h)),
+                right * a * u + n * b * mean,
+                n * b**2 * cov,
+                n * b**2 * off,
+                G * (K - h),
+            )
 
     def resets(self, q, base, choice):
         """Terms of rollout.resets, split 1 x (N - base). The seed is the first failure of the base group, or the one named deepest, and stays in
         it; for base = 0 it is a fresh draw, untrained (rounds of 4, at most 8). Behind an error all suffixes fail, with zero advantages."""
-        P, error = self.p**K, self.p ** np.arange(K) * (1 - self.p) / (1 - self.p**K)  # error [K]: first error of a failure
+        P, error = (
+            self.p**K,
+            self.p ** np.arange(K) * (1 - self.p) / (1 - self.p**K),
+        )  # error [K]: first error of a failure
         named = q * np.eye(K) + (1 - q) / K  # [j, h]
         for w, *term, cost in self.group(0, N, passed=base):  # no failure: one group of N
             yield w * P ** (base or 8), *term, cost if base else cost + 8 * K
         for right in range(base or 1):
             a, b = (A / (N * K) for A in advantages(right, base)) if base else (0.0, 0.0)
-            failures, chance, spent = (base - right, binomial(base, right, P), K * base) if base else (1, 1 - P**8, 4 * K * (1 + P**4 / (1 + P**4)))
-            for place, j, h in product(range(failures if choice == "deepest" else 1), range(K), range(K)):  # of the seed among the failures
-                before, after = (named[:, :h].sum(1), named[:, : h + 1].sum(1)) if choice == "deepest" else (np.ones(K), np.ones(K))
-                m, n = place, failures - 1 - place  # failures before the seed are named before h, those after it at most at h: ties go to the first
+            failures, chance, spent = (
+                (base - right, binomial(base, right, P), K * base)
+                if base
+                else (1, 1 - P**8, 4 * K * (1 + P**4 / (1 + P**4)))
+            )
+            for place, j, h in product(
+                range(failures if choice == "deepest" else 1), range(K), range(K)
+            ):  # of the seed among the failures
+                before, after = (
+                    (named[:, :h].sum(1), named[:, : h + 1].sum(1))
+                    if choice == "deepest"
+                    else (np.ones(K), np.ones(K))
+                )
+                m, n = (
+                    place,
+                    failures - 1 - place,
+                )  # failures before the seed are named before h, those after it at most at h: ties go to the first
                 w = chance * error[j] * named[j, h] * (error @ before) ** m * (error @ after) ** n
                 (u1, c1, o1), (u2, c2, o2) = self.failure(0, before), self.failure(0, after)
                 mean = right * a * self.u[K] + b * (self.u[j] + m * u1 + n * u2)
                 cov, off = b**2 * (m * c1 + n * c2), b**2 * (self.off[j] + m * o1 + n * o2)
                 nothing = (1.0, 0.0, 0.0, 0.0, (N - base) * (K - h))
-                for v, mean_s, cov_s, off_s, cost in self.group(h, N - base) if h <= j else [nothing]:
+                for v, mean_s, cov_s, off_s, cost in (
+                    self.group(h, N - base) if h <= j else [nothing]
+                ):
                     yield w * v, mean + mean_s, cov + cov_s, off + off_s, spent + cost
 
 
@@ -260,11 +324,26 @@ def measure(terms):
     pass rate (the diagonal); the signal is (mean . g)^2, as the mean gradient of a reset method is not the gradient of the pass rate.
       snr    noise = trace of the covariance, off-chain noise too: what limits plain gradient steps. Twice the SNR is worth twice the prompts
       along  noise = variance along g only: how surely one gradient points uphill"""
-    w, means, covs, offs, costs = (np.array(part) for part in zip(*((w, m, c + np.zeros((K, K)), o, t) for w, m, c, o, t in terms)))
+    w, means, covs, offs, costs = (
+        np.array(part)
+        for part in zip(*((w, m, c + np.zeros((K, K)), o, t) for w, m, c, o, t in terms))
+    )
     mean = w @ means
-    cov, off, g = np.einsum("t,tij->ij", w, covs) + (means * w[:, None]).T @ means - np.outer(mean, mean), w @ offs, np.full(K, K**-0.5)
+    cov, off, g = (
+        np.einsum("t,tij->ij", w, covs) + (means * w[:, None]).T @ means - np.outer(mean, mean),
+        w @ offs,
+        np.full(K, K**-0.5),
+    )
     signal = (mean @ g) ** 2
-    return dict(total=w.sum(), mean=mean, cov=cov, off=off, thoughts=w @ costs, snr=signal / (np.trace(cov) + off), along=signal / (g @ cov @ g))
+    return dict(
+        total=w.sum(),
+        mean=mean,
+        cov=cov,
+        off=off,
+        thoughts=w @ costs,
+        snr=signal / (np.trace(cov) + off),
+        along=signal / (g @ cov @ g),
+    )
 
 
 def relative(P, q, split, length="trained"):
@@ -278,13 +357,21 @@ def lesson2():
     print(f"\n## 2. The gradient of one prompt, exactly: {K} thoughts, {N} trained rollouts\n\nSNR relative to GRPO at the same number of prompts: noise in all directions / noise along the "
           f"true gradient only\n\n| split | q | {' | '.join(f'P = {P}' for P in STARTS)} | thoughts, P = 0.04 |\n|{'---|' * (3 + len(STARTS))}")  # fmt: skip
     grpo = [measure(Chain(P).group(0, N)) for P in STARTS]
-    show = lambda row, by: " | ".join(f"{m['snr'] / g['snr']:.2f} / {m['along'] / g['along']:.2f}" for m, g in zip(row, by))  # noqa: E731
-    print("| GRPO itself | | " + " | ".join(f"{m['snr']:.2g} / {m['along']:.2g}" for m in grpo) + f" | {K * N} |")
+    show = lambda row, by: " | ".join(
+        f"{m['snr'] / g['snr']:.2f} / {m['along'] / g['along']:.2f}" for m, g in zip(row, by)
+    )  # noqa: E731
+    print(
+        "| GRPO itself | | "
+        + " | ".join(f"{m['snr']:.2g} / {m['along']:.2g}" for m in grpo)
+        + f" | {K * N} |"
+    )
     found = {}
     for (name, split), q in product(SPLITS.items(), ACCURACIES):
         row = [measure(Chain(P).resets(q, *split)) for P in STARTS]
         found |= {(name, q, P): m["snr"] / g["snr"] for P, m, g in zip(STARTS, row, grpo)}
-        print(f"| {name}{' (RRPO)' * (q == 0)} | {q} | {show(row, grpo)} | {row[1]['thoughts'] / (K * N):.2f} |")
+        print(
+            f"| {name}{' (RRPO)' * (q == 0)} | {q} | {show(row, grpo)} | {row[1]['thoughts'] / (K * N):.2f} |"
+        )
     even, grid = {}, np.geomspace(1e-4, 0.7, 19)
     for (name, split), length in product(SPLITS.items(), ("trained", "response")):
         named = name + " --length response" * (length == "response")
@@ -292,17 +379,43 @@ def lesson2():
         even |= {(named, what): grid[better[:, i]].max() for i, what in enumerate(("snr", "along"))}
         if length == "response":  # a token weighs 1 / K, however short its suffix
             row = [relative(P, 1.0, split, length) for P in STARTS]
-            print(f"| {named} | 1.0 | {' | '.join(f'{snr:.2f} / {along:.2f}' for snr, along in row)} | |")
-    print("\nResets at the exact first error have the higher SNR up to about P = " + "; ".join(f"{snr:.2g} / {even[name, 'along']:.2g} ({name})" for (name, what), snr in even.items() if what == "snr"))
+            print(
+                f"| {named} | 1.0 | {' | '.join(f'{snr:.2f} / {along:.2f}' for snr, along in row)} | |"
+            )
+    print(
+        "\nResets at the exact first error have the higher SNR up to about P = "
+        + "; ".join(
+            f"{snr:.2g} / {even[name, 'along']:.2g} ({name})"
+            for (name, what), snr in even.items()
+            if what == "snr"
+        )
+    )
     return found, even
 
 
 # ------------------------------------------------------------------------------------------------------ lesson 3: training
 
-STATES, OPS, LENGTH = 30, 20, 12  # values of a state, random bijections of it, thoughts of a chain (60 bijections: much the same map, 5 times slower)
-FACTS, PROMPTS, EVERY, TARGET = OPS * STATES, 32, 2, 0.5  # prompts of a training step; an evaluation every so many steps
-REGIMES = [(0.45, 0.90), (0.5, 0.95), (0.6, 0.97), (0.7, 0.99)]  # a fact starts right with a probability drawn between these
-GRIDS = {"AdamW": (0.05, 0.08, 0.13, 0.2), "plain gradient": (600.0, 1000.0, 1700.0, 3000.0)}  # learning rates, the same for all methods
+STATES, OPS, LENGTH = (
+    30,
+    20,
+    12,
+)  # values of a state, random bijections of it, thoughts of a chain (60 bijections: much the same map, 5 times slower)
+FACTS, PROMPTS, EVERY, TARGET = (
+    OPS * STATES,
+    32,
+    2,
+    0.5,
+)  # prompts of a training step; an evaluation every so many steps
+REGIMES = [
+    (0.45, 0.90),
+    (0.5, 0.95),
+    (0.6, 0.97),
+    (0.7, 0.99),
+]  # a fact starts right with a probability drawn between these
+GRIDS = {
+    "AdamW": (0.05, 0.08, 0.13, 0.2),
+    "plain gradient": (600.0, 1000.0, 1700.0, 3000.0),
+}  # learning rates, the same for all methods
 QS = (0.0, 0.4, 0.6, 0.8, 1.0)  # accuracy of the localizer; 0: RRPO
 
 
@@ -315,7 +428,9 @@ def start_policies(lo, hi, seeds):
         p = lo + (hi - lo) * torch.rand(FACTS, generator=rng)
         wrong = (truth + torch.randint(1, STATES, (FACTS,), generator=rng)) % STATES
         probs = (0.1 * (1 - p) / (STATES - 2))[:, None].repeat(1, STATES)
-        probs.scatter_(1, truth[:, None], p[:, None]).scatter_(1, wrong[:, None], 0.9 * (1 - p)[:, None])
+        probs.scatter_(1, truth[:, None], p[:, None]).scatter_(
+            1, wrong[:, None], 0.9 * (1 - p)[:, None]
+        )
         truths, logits = truths + [truth], logits + [probs.log()]
     return torch.stack(truths), torch.stack(logits)
 
@@ -332,7 +447,12 @@ def sample(cdf, ops, first, n, rng, h=None, prefix=None):
     for k in range(LENGTH):
         used.append(facts(ops[:, :, k, None].expand_as(state), state))
         u = torch.rand(state.numel(), 1, generator=rng)
-        state = (u > cdf.index_select(0, used[-1].flatten())).sum(-1).clamp(max=STATES - 1).view_as(state)  # the last cdf can fall short of 1
+        state = (
+            (u > cdf.index_select(0, used[-1].flatten()))
+            .sum(-1)
+            .clamp(max=STATES - 1)
+            .view_as(state)
+        )  # the last cdf can fall short of 1
         if h is not None:
             state = torch.where((k < h)[..., None], prefix[:, :, k, None], state)
         states.append(state)
@@ -347,34 +467,51 @@ def group_advantages(r):
 
 def weights(A, h):
     """loss.token_weights for advantages A [B, P, n] of groups that start at thought h [B, P] (from 0): [B, P, n, LENGTH], 0 on the prefix."""
-    return (A / ((LENGTH - h)[..., None] * N * PROMPTS))[..., None] * (torch.arange(LENGTH) >= h[..., None, None])
+    return (A / ((LENGTH - h)[..., None] * N * PROMPTS))[..., None] * (
+        torch.arange(LENGTH) >= h[..., None, None]
+    )
 
 
 def one_step(probs, truth, q, base, choice, problems, rng):
     """Samples a step: [(facts, states, weights)], each [B, P, n, LENGTH], and the thoughts generated [B]. base = N is GRPO."""
     B, cdf, truth = len(truth), probs.cumsum(-1).view(-1, STATES), truth.flatten()
-    ops, first = (torch.randint(high, (B, PROMPTS, *more), generator=problems) for high, more in ((OPS, (LENGTH,)), (STATES, ())))
+    ops, first = (
+        torch.randint(high, (B, PROMPTS, *more), generator=problems)
+        for high, more in ((OPS, (LENGTH,)), (STATES, ()))
+    )
     answer = first
     for k in range(LENGTH):
         answer = truth[facts(ops[:, :, k], answer)]
     states, used = sample(cdf, ops, first, base, rng)
-    reward, start = (states[..., -1] == answer[..., None]).float(), torch.zeros(B, PROMPTS, dtype=torch.long)
+    reward, start = (
+        (states[..., -1] == answer[..., None]).float(),
+        torch.zeros(B, PROMPTS, dtype=torch.long),
+    )
     spent = torch.full((B,), float(PROMPTS * base * LENGTH))
     if base == N:
         return [(used, states, weights(group_advantages(reward), start))], spent
     error = (truth[used] != states).float().argmax(-1)  # [B, P, n] first wrong thought of a failure
     exact = torch.rand(error.shape, generator=rng) < q
     named = torch.where(exact, error, torch.randint(LENGTH, error.shape, generator=rng))
-    order = (named if choice == "deepest" else 0) * base - torch.arange(base)  # ties: the earlier rollout
+    order = (named if choice == "deepest" else 0) * base - torch.arange(
+        base
+    )  # ties: the earlier rollout
     seed = torch.where(reward == 0, order, -base).argmax(-1, keepdim=True)  # [B, P, 1]
     failed = (reward == 0).any(-1)
     h = torch.where(failed, named.gather(-1, seed)[..., 0], 0)
     prefix = states.gather(2, seed[..., None].expand(-1, -1, 1, LENGTH))[:, :, 0]
     suffixes, used_s = sample(cdf, ops, first, N - base, rng, h, prefix)
     reward_s = (suffixes[..., -1] == answer[..., None]).float()
-    one = group_advantages(torch.cat([reward, reward_s], -1)).split(base, -1)  # nobody failed: h = 0, and all N are one group
-    A, A_s = (torch.where(failed[..., None], group_advantages(r), o) for r, o in zip((reward, reward_s), (one[0], torch.cat(one[1:], -1))))
-    return [(used, states, weights(A, start)), (used_s, suffixes, weights(A_s, h))], spent + (N - base) * (LENGTH - h).sum(1)
+    one = group_advantages(torch.cat([reward, reward_s], -1)).split(
+        base, -1
+    )  # nobody failed: h = 0, and all N are one group
+    A, A_s = (
+        torch.where(failed[..., None], group_advantages(r), o)
+        for r, o in zip((reward, reward_s), (one[0], torch.cat(one[1:], -1)))
+    )
+    return [(used, states, weights(A, start)), (used_s, suffixes, weights(A_s, h))], spent + (
+        N - base
+    ) * (LENGTH - h).sum(1)
 
 
 def ascent(probs, buffer):
@@ -388,10 +525,20 @@ def ascent(probs, buffer):
 
 def pass_rate(probs, truth, ops):
     """Exact pass rate [B] over held-out sequences ops [B, E, LENGTH] from all first states: products of transition matrices."""
-    T, right, b = probs.view(-1, OPS, STATES, STATES), truth.view(-1, OPS, STATES), torch.arange(len(ops))[:, None]
-    M, answer = torch.eye(STATES).repeat(ops.shape[0] * ops.shape[1], 1, 1), torch.arange(STATES).expand(*ops.shape[:2], -1)
+    T, right, b = (
+        probs.view(-1, OPS, STATES, STATES),
+        truth.view(-1, OPS, STATES),
+        torch.arange(len(ops))[:, None],
+    )
+    M, answer = (
+        torch.eye(STATES).repeat(ops.shape[0] * ops.shape[1], 1, 1),
+        torch.arange(STATES).expand(*ops.shape[:2], -1),
+    )
     for k in range(LENGTH):
-        M, answer = torch.bmm(M, T[b, ops[:, :, k]].flatten(0, 1)), right[b, ops[:, :, k]].gather(2, answer)
+        M, answer = (
+            torch.bmm(M, T[b, ops[:, :, k]].flatten(0, 1)),
+            right[b, ops[:, :, k]].gather(2, answer),
+        )
     return M.view(*ops.shape[:2], STATES, STATES).gather(3, answer[..., None]).mean((1, 2, 3))
 
 
@@ -400,10 +547,24 @@ def train(regime, optimizer, lrs, seeds, steps, base=N, q=0.0, choice="first"):
     all they made), reached, all [L, R]; pass rates [evaluations, L, R]."""
     L, R = len(lrs), len(seeds)
     truth, theta = (x.repeat(L, *[1] * (x.dim() - 1)) for x in start_policies(*regime, seeds))
-    held_out = torch.cat([torch.randint(OPS, (1, 12, LENGTH), generator=torch.Generator().manual_seed(10_000 + s)) for s in seeds]).repeat(L, 1, 1)
-    problems, rng = torch.Generator().manual_seed(20_000 + seeds[0]), torch.Generator().manual_seed(30_000 + seeds[0])
+    held_out = torch.cat(
+        [
+            torch.randint(OPS, (1, 12, LENGTH), generator=torch.Generator().manual_seed(10_000 + s))
+            for s in seeds
+        ]
+    ).repeat(L, 1, 1)
+    problems, rng = (
+        torch.Generator().manual_seed(20_000 + seeds[0]),
+        torch.Generator().manual_seed(30_000 + seeds[0]),
+    )
     lr = torch.tensor(lrs).repeat_interleave(R)[:, None, None]
-    m, v, spent, rates, thoughts = torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(L * R), [], []
+    m, v, spent, rates, thoughts = (
+        torch.zeros_like(theta),
+        torch.zeros_like(theta),
+        torch.zeros(L * R),
+        [],
+        [],
+    )
     for t in range(steps + 1):
         probs = theta.softmax(-1)
         if t % EVERY == 0:
@@ -412,14 +573,20 @@ def train(regime, optimizer, lrs, seeds, steps, base=N, q=0.0, choice="first"):
                 break
         buffer, used = one_step(probs, truth, q, base, choice, problems, rng)
         G, spent = ascent(probs, buffer), spent + used
-        if optimizer == "AdamW":  # torch's defaults, weight decay of srpo.py; by hand, as each policy has a learning rate of its own
+        if (
+            optimizer == "AdamW"
+        ):  # torch's defaults, weight decay of srpo.py; by hand, as each policy has a learning rate of its own
             m.lerp_(G, 0.1)
             v.mul_(0.999).addcmul_(G, G, value=0.001)
-            G = (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8) - 0.01 * theta
+            G = (m / (1 - 0.9 ** (t + 1))) / (
+                (v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8
+            ) - 0.01 * theta
         theta += lr * G
     rates, thoughts = torch.stack(rates), torch.stack(thoughts)
     reached = (rates >= TARGET).any(0)
-    i = torch.where(reached, (rates >= TARGET).float().argmax(0), len(rates) - 1).clamp(min=1)[None]  # a line from the evaluation before to this one
+    i = torch.where(reached, (rates >= TARGET).float().argmax(0), len(rates) - 1).clamp(min=1)[
+        None
+    ]  # a line from the evaluation before to this one
     low, high = rates.gather(0, i - 1)[0], rates.gather(0, i)[0]
     part = torch.where(reached, ((TARGET - low) / (high - low)).clamp(0, 1), 1.0)
     made = thoughts.gather(0, i - 1)[0]
@@ -429,14 +596,29 @@ def train(regime, optimizer, lrs, seeds, steps, base=N, q=0.0, choice="first"):
 
 def best(optimizer, regime, seeds, steps, **method):
     """Of the grid's learning rates the one at which most seeds reach the target, then the fastest. Every method chooses on its own seeds."""
-    at, thoughts, reached, rates = train(regime, optimizer, GRIDS[optimizer], seeds, steps, **method)
-    i = min(range(len(at)), key=lambda i: ((~reached[i]).sum(), at[i].mean(), -rates[-1, i].mean().item()))
-    return dict(steps=at[i], thoughts=thoughts[i], reached=reached[i].all(), lr=GRIDS[optimizer][i], start=rates[0, i].mean().item())
+    at, thoughts, reached, rates = train(
+        regime, optimizer, GRIDS[optimizer], seeds, steps, **method
+    )
+    i = min(
+        range(len(at)),
+        key=lambda i: ((~reached[i]).sum(), at[i].mean(), -rates[-1, i].mean().item()),
+    )
+    return dict(
+        steps=at[i],
+        thoughts=thoughts[i],
+        reached=reached[i].all(),
+        lr=GRIDS[optimizer][i],
+        start=rates[0, i].mean().item(),
+    )
 
 
 def lesson3(seed, n_seeds, steps):
     """Prints the map. -> {(optimizer, choice, q, regime): {steps, thoughts: (ratio, low, high), sign, start}}"""
-    rng, seeds, table = np.random.default_rng([seed, 3]), [100 * seed + i for i in range(n_seeds)], {}
+    rng, seeds, table = (
+        np.random.default_rng([seed, 3]),
+        [100 * seed + i for i in range(n_seeds)],
+        {},
+    )
     print(f"\n## 3. Training: {LENGTH} thoughts, {FACTS} facts, {PROMPTS} prompts x {N} rollouts, {n_seeds} seeds, at most {steps} steps, best of 4 learning rates each\n\nSteps / thoughts "
           f"until the pass rate is {TARGET}, relative to GRPO from the same starts (below 1: resets are better), with 95% bootstrap intervals over seeds. > (<): not all seeds of "
           "the method (of GRPO) get there, this is a bound; ?: neither. Thoughts of the localizer are not counted: `first` asks once for each prompt with a failure, `deepest` once for each "
@@ -449,11 +631,24 @@ def lesson3(seed, n_seeds, steps):
             cells = []
             for q in QS if choice == "first" else QS[1:]:
                 found = best(optimizer, regime, seeds, steps, base=N // 2, q=q, choice=choice)
-                sign = {(True, True): "", (False, True): ">", (True, False): "<"}.get((found["reached"], grpo["reached"]), "?")
+                sign = {(True, True): "", (False, True): ">", (True, False): "<"}.get(
+                    (found["reached"], grpo["reached"]), "?"
+                )
                 picks = rng.integers(0, n_seeds, (2000, n_seeds))
-                cell = {what: (found[what].mean() / grpo[what].mean(), *interval(found[what][picks].mean(1) / grpo[what][picks].mean(1))) for what in ("steps", "thoughts")}
+                cell = {
+                    what: (
+                        found[what].mean() / grpo[what].mean(),
+                        *interval(found[what][picks].mean(1) / grpo[what][picks].mean(1)),
+                    )
+                    for what in ("steps", "thoughts")
+                }
                 table[optimizer, choice, q, regime] = cell | dict(sign=sign, start=grpo["start"])
-                cells.append(" / ".join(f"{sign}{r:.2f} ({low:.2f}-{high:.2f})" for r, low, high in cell.values()) + f", lr {found['lr']:g}")
+                cells.append(
+                    " / ".join(
+                        f"{sign}{r:.2f} ({low:.2f}-{high:.2f})" for r, low, high in cell.values()
+                    )
+                    + f", lr {found['lr']:g}"
+                )
             print(f"| {choice} | {' | '.join([''] * (len(QS) - len(cells)) + cells)} |", flush=True)
         print()
     return table
@@ -462,7 +657,10 @@ def lesson3(seed, n_seeds, steps):
 def break_even(table, optimizer, choice, regime, what):
     """Accuracy of the localizer from which on resets are not slower than GRPO (linear between the q of the map); None: at no q."""
     qs = [q for q in QS if (optimizer, choice, q, regime) in table]
-    r = [cell[what][0] if cell["sign"] in ("", "<") else 2.0 for cell in (table[optimizer, choice, q, regime] for q in qs)]  # not there: count as twice
+    r = [
+        cell[what][0] if cell["sign"] in ("", "<") else 2.0
+        for cell in (table[optimizer, choice, q, regime] for q in qs)
+    ]  # not there: count as twice
     if r[-1] > 1:
         return None
     k = max([k for k in range(len(r)) if r[k] > 1], default=-1)
@@ -485,15 +683,43 @@ def guidance(one, two, three):
               f"only noise along the true gradient does; with the deepest seed below {even['1x4 deepest', 'snr']:.2g} and {even['1x4 deepest', 'along']:.2g}. A random reset at P = 0.04 has "
               f"{found['1x4', 0.0, 0.04]:.2f} of GRPO's SNR, an exact one {found['1x4', 1.0, 0.04]:.2f}. Above P = 0.15 take GRPO.")  # fmt: skip
     for optimizer in GRIDS if three else ():
-        print(f"- {optimizer}: localizer accuracy from which on resets break even, by steps / by generated thoughts:\n\n  | start | {'first | deepest'} |\n  |---|---|---|")
+        print(
+            f"- {optimizer}: localizer accuracy from which on resets break even, by steps / by generated thoughts:\n\n  | start | {'first | deepest'} |\n  |---|---|---|"
+        )
         for regime in REGIMES:
-            qs = {(c, w): break_even(three, optimizer, c, regime, w) for c, w in product(("first", "deepest"), ("steps", "thoughts"))}
-            show = {key: "never" if q is None else f"<= {q:.1f}" if (key[0], q) in (("first", QS[0]), ("deepest", QS[1])) else f"{q:.2f}" for key, q in qs.items()}
-            print(f"  | {three[optimizer, 'first', 1.0, regime]['start']:.3f} | " + " | ".join(f"{show[c, 'steps']} / {show[c, 'thoughts']}" for c in ("first", "deepest")) + " |")
+            qs = {
+                (c, w): break_even(three, optimizer, c, regime, w)
+                for c, w in product(("first", "deepest"), ("steps", "thoughts"))
+            }
+            show = {
+                key: "never"
+                if q is None
+                else f"<= {q:.1f}"
+                if (key[0], q) in (("first", QS[0]), ("deepest", QS[1]))
+                else f"{q:.2f}"
+                for key, q in qs.items()
+            }
+            print(
+                f"  | {three[optimizer, 'first', 1.0, regime]['start']:.3f} | "
+                + " | ".join(
+                    f"{show[c, 'steps']} / {show[c, 'thoughts']}" for c in ("first", "deepest")
+                )
+                + " |"
+            )
         print()
     if three:
-        worth = {o: [three[o, "first", 1.0, r]["start"] for r in REGIMES if three[o, "first", 0.8, r]["steps"][2] < 1] for o in GRIDS}
-        text = "; ".join(f"{o}: {'starts of ' + ', '.join(f'{s:.2f}' for s in starts) if starts else 'no start of the map'}" for o, starts in worth.items())
+        worth = {
+            o: [
+                three[o, "first", 1.0, r]["start"]
+                for r in REGIMES
+                if three[o, "first", 0.8, r]["steps"][2] < 1
+            ]
+            for o in GRIDS
+        }
+        text = "; ".join(
+            f"{o}: {'starts of ' + ', '.join(f'{s:.2f}' for s in starts) if starts else 'no start of the map'}"
+            for o, starts in worth.items()
+        )
         print(f"- At 0.8 accuracy and the first failure as seed, resets need surely fewer steps (interval below 1) at: {text}. So: measure the pass rate and the localizer first "
               "(`eval.py localization`). Low pass rate and a good localizer: resets, and try --seed_choice deepest. Otherwise GRPO.")  # fmt: skip
 
@@ -506,15 +732,36 @@ def draw_figure(one, two, three, out):
     import matplotlib.pyplot as plt
 
     n = bool(one) + bool(two) + 2 * bool(three)
-    figure, axes = plt.subplots(*((2, 2) if n == 4 else (1, n)), figsize=(15, 10.5) if n == 4 else (6.5 * n, 5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        *((2, 2) if n == 4 else (1, n)),
+        figsize=(15, 10.5) if n == 4 else (6.5 * n, 5),
+        layout="constrained",
+        squeeze=False,
+    )
     panels = iter(axes.flat)
     if one:
         panel, x = next(panels), 1 / np.array(RATES)
         for (what, (exact, sampled, boot)), color in zip(one.items(), ("tab:blue", "tab:red")):
             low, high = interval(slope(boot))
-            panel.plot(x, exact, "-", color=color, label=f"{what}, exact: exponent of p {slope(exact):.2f}")
-            panel.errorbar(x, sampled, np.abs(interval(boot) - sampled), fmt="o", color=color, capsize=3, label=f"sampled: {slope(sampled):.2f} ({low:.2f} to {high:.2f})")
-        panel.set(xscale="log", yscale="log", xlabel="1 / p   (p: chance that a visited state is improvable)", ylabel="what the oracle gains", title="1. Credit oracle against random resets")
+            panel.plot(
+                x, exact, "-", color=color, label=f"{what}, exact: exponent of p {slope(exact):.2f}"
+            )
+            panel.errorbar(
+                x,
+                sampled,
+                np.abs(interval(boot) - sampled),
+                fmt="o",
+                color=color,
+                capsize=3,
+                label=f"sampled: {slope(sampled):.2f} ({low:.2f} to {high:.2f})",
+            )
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="1 / p   (p: chance that a visited state is improvable)",
+            ylabel="what the oracle gains",
+            title="1. Credit oracle against random resets",
+        )
         panel.set_xticks(x, [f"{v:.0f}" for v in x], minor=False)
         panel.minorticks_off()
         panel.legend(fontsize=7)
@@ -522,22 +769,64 @@ def draw_figure(one, two, three, out):
         panel = next(panels)
         for P, color in zip(STARTS, ("tab:red", "tab:orange", "tab:green", "tab:blue")):
             for name, style in (("1x4", "-o"), ("1x4 deepest", "--s")):
-                panel.plot(ACCURACIES, [two[0][name, q, P] for q in ACCURACIES], style, color=color, label=f"{name}, pass rate {P}")
+                panel.plot(
+                    ACCURACIES,
+                    [two[0][name, q, P] for q in ACCURACIES],
+                    style,
+                    color=color,
+                    label=f"{name}, pass rate {P}",
+                )
         panel.axhline(1, color="black", lw=1)
         panel.annotate("GRPO", (0.02, 1.02))
-        panel.set(xlabel="accuracy q of the localizer (0: RRPO)", ylabel="signal to noise (all directions), GRPO = 1", title="2. Gradient of one prompt, exact", ylim=(0, 1.5))
+        panel.set(
+            xlabel="accuracy q of the localizer (0: RRPO)",
+            ylabel="signal to noise (all directions), GRPO = 1",
+            title="2. Gradient of one prompt, exact",
+            ylim=(0, 1.5),
+        )
         panel.legend(fontsize=7, ncols=2, loc="upper left")
     for optimizer in GRIDS if three else ():
         panel, lines = next(panels), list(product(("first", "deepest"), REGIMES))
-        ratios = np.array([[three[optimizer, c, q, r]["steps"][0] if (optimizer, c, q, r) in three else np.nan for q in QS] for c, r in lines])
+        ratios = np.array(
+            [
+                [
+                    three[optimizer, c, q, r]["steps"][0]
+                    if (optimizer, c, q, r) in three
+                    else np.nan
+                    for q in QS
+                ]
+                for c, r in lines
+            ]
+        )
         image = panel.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-1.2, vmax=1.2, aspect="auto")
         for (i, (c, r)), (j, q) in product(enumerate(lines), enumerate(QS)):
             if cell := three.get((optimizer, c, q, r)):
-                text = "?" if cell["sign"] == "?" else f"{cell['sign']}{cell['steps'][0]:.2f}\n({cell['sign']}{cell['thoughts'][0]:.2f})"
-                panel.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(np.log2(ratios[i, j])) > 0.8 else "black")
-        panel.set(title=f"3. {optimizer}: steps (thoughts) to a pass rate of 0.5, GRPO = 1", xlabel="accuracy q of the localizer (0: RRPO)")
+                text = (
+                    "?"
+                    if cell["sign"] == "?"
+                    else f"{cell['sign']}{cell['steps'][0]:.2f}\n({cell['sign']}{cell['thoughts'][0]:.2f})"
+                )
+                panel.text(
+                    j,
+                    i,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if abs(np.log2(ratios[i, j])) > 0.8 else "black",
+                )
+        panel.set(
+            title=f"3. {optimizer}: steps (thoughts) to a pass rate of 0.5, GRPO = 1",
+            xlabel="accuracy q of the localizer (0: RRPO)",
+        )
         panel.set_xticks(range(len(QS)), QS)
-        panel.set_yticks(range(len(lines)), [f"{c} seed,\nstart {three[optimizer, 'first', 1.0, r]['start']:.2f}" for c, r in lines])
+        panel.set_yticks(
+            range(len(lines)),
+            [
+                f"{c} seed,\nstart {three[optimizer, 'first', 1.0, r]['start']:.2f}"
+                for c, r in lines
+            ],
+        )
         panel.axhline(len(REGIMES) - 0.5, color="black", lw=1.5)
         bar = figure.colorbar(image, ax=panel, ticks=[-1, 0, 1], shrink=0.8)
         bar.ax.set_yticklabels(["half the steps", "as GRPO", "twice the steps"])
@@ -546,7 +835,9 @@ def draw_figure(one, two, three, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="When are resets worth it? Three lessons on chains that are small enough to compute.")
+    parser = argparse.ArgumentParser(
+        description="When are resets worth it? Three lessons on chains that are small enough to compute."
+    )
     parser.add_argument("--lesson", choices=["1", "2", "3", "all"], default="all")
     parser.add_argument("--out", default="theory.png", help="the figure")
     parser.add_argument("--seed", type=int, default=0)
