@@ -14,9 +14,12 @@ Left out: the neural network. In lesson 3 every fact has a softmax of its own, s
 generalises, and the localizer is a fixed accuracy q that does not drift during training. Both keep
 the map small enough to compute; the README's runs have a real network and a real localizer.
 
-Departures: "deepest" localizes every failure of the base group and resets the one whose first error
-comes last. It is an idea that was tried, and these lessons are its record: the paper takes the
-first failure, and so does rollout.py.
+Departures from rollout.py:
+  - "deepest" localizes every failure of the base group and resets the one whose named error comes
+    last. It is an idea that was tried, and these lessons are its record: the paper takes the first
+    failure, and so does rollout.py.
+  - Where the base group has no failure, the prompt gets one GRPO group. rollout.py first looks for
+    a seed among fresh draws.
 
 This file is an experiment; tests/test_theory.py checks its numbers. All numbers are a function of
 --seed.
@@ -48,7 +51,7 @@ H = 4  # decisions of a chain, the horizon
 DELTA = 1 / 8  # advantage of action 1 at an improvable state
 KAPPA = 0.5  # how strongly an action changes the chance that the next state is improvable
 RATES = [2.0**-k for k in range(1, 7)]  # p, the chance that a visited state is improvable
-CONFIDENCE = 0.9  # how surely the estimated advantage has to have the right sign
+CONFIDENCE = 0.9  # probability with which the estimated advantage has the right sign
 Z = 1.2816  # the normal quantile of CONFIDENCE
 RR_REPLICATES = 320  # independent estimates of CPI-RR in the simulation
 CARO_REPLICATES = 2000  # independent estimates of CPI-CARO: its samples are fewer
@@ -376,9 +379,10 @@ def print_lesson1(rr, caro, gain):
     print_exponent("improvement, CARO / RR", -1, gain.improvement)
     print_exponent("samples, RR / CARO", -2, gain.samples)
     print(
-        "\nA sample is a pair of rewards from one state; samples are those to a right sign with "
-        f"probability {CONFIDENCE}. Oracle calls are counted apart, 1/p for each sample of CARO: "
-        "if a call costs as much as a sample, CARO saves 1/p, not 1/p^2."
+        "\nA sample is a pair of rewards from one state. Samples are counted until the sign of the "
+        f"advantage is right with probability {CONFIDENCE}. Oracle calls are counted separately, "
+        "1/p for each sample of CARO: if a call costs as much as a sample, CARO saves 1/p, not "
+        "1/p^2."
     )
 
 
@@ -411,14 +415,14 @@ K = 6  # thoughts of a chain
 N = 8  # trained rollouts of a prompt
 STARTS = [0.01, 0.04, 0.15, 0.5]  # P, the pass rate of the prompt
 EXAMPLE_START = 0.04  # the one of STARTS that the text quotes
-ACCURACIES = [0.0, 0.25, 0.5, 0.75, 1.0]  # q: how often the localizer is right, else any thought
+ACCURACIES = [0.0, 0.25, 0.5, 0.75, 1.0]  # q: how often the localizer is right; else random
 FRESH_ROUND = 4  # fresh draws of a seed at once, as in rollout.py
 FRESH_DRAWS = 8  # fresh draws of a seed at most, as in rollout.py
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the N rollouts of a prompt are shared out: `base` from the prompt, the rest suffixes."""
+    """Splits the N rollouts of a prompt: `base` from the prompt, the rest are suffixes."""
 
     base: int  # 0: the seed is a fresh draw that is not trained
     choice: str  # of the seed among the failures: "first", or "deepest" (the last named error)
@@ -464,15 +468,15 @@ class Scores:
 
 @dataclass
 class Term:
-    """The gradient in one case: the case fixes the advantages, so rollouts are independent in it.
+    """The gradient in one case, which fixes the advantages. Rollouts are independent in it.
 
-    The cases together are a mixture; see `measure`.
+    The gradient of a method is a mixture of such cases; see `measure`.
     """
 
     probability: float  # of this case
     mean: np.ndarray  # [K]
     cov: np.ndarray  # [K, K]
-    off: float  # noise behind the first error
+    off: float  # noise after the first error
     thoughts: float  # generated thoughts
 
     def followed_by(self, other):
@@ -496,7 +500,7 @@ class Chain:
         self.p = p
         self.scores = np.tril(np.full((K + 1, K), 1 - p), -1)  # [K + 1, K] u_j
         self.scores[range(K), range(K)] = -p
-        self.off = (K - 1.0 - np.arange(K)) * p * (1 - p)  # [K] noise behind the first error j
+        self.off = (K - 1.0 - np.arange(K)) * p * (1 - p)  # [K] noise after the first error j
         self.error = p ** np.arange(K) * (1 - p) / (1 - p**K)  # [K] first error of a failure
 
     def failure(self, h=0, among=1.0):
@@ -603,7 +607,7 @@ class Chain:
     def suffix_group(self, j, h, size) -> Iterator[Term]:
         """Cases of `size` suffixes from thought h of a seed whose first error is j.
 
-        Behind the error all of them fail, and their advantages are zero.
+        After the error all of them fail, and their advantages are zero.
         """
         if h <= j:
             yield from self.group(h, size)
@@ -623,7 +627,7 @@ class Signal:
     total: float  # summed probability of the cases: 1
     mean: np.ndarray  # [K]
     cov: np.ndarray  # [K, K]
-    off: float  # noise behind the first error
+    off: float  # noise after the first error
     thoughts: float  # generated thoughts
     snr: float  # noise: in all directions, and off. It limits plain gradient steps
     along: float  # noise: along g only. It says how surely one gradient points uphill
@@ -743,7 +747,12 @@ FACTS = OPS * STATES  # rows of a policy's table
 PROMPTS = 32  # problems of a training step
 EVERY = 2  # steps between evaluations
 TARGET = 0.5  # the pass rate to reach
-REGIMES = [(0.45, 0.90), (0.5, 0.95), (0.6, 0.97), (0.7, 0.99)]  # a fact starts right in between
+REGIMES = [
+    (0.45, 0.90),
+    (0.5, 0.95),
+    (0.6, 0.97),
+    (0.7, 0.99),
+]  # range of a fact's first probability
 GRIDS = {  # learning rates, the same for all methods
     "AdamW": (0.05, 0.08, 0.13, 0.2),
     "plain gradient": (600.0, 1000.0, 1700.0, 3000.0),
@@ -1140,13 +1149,13 @@ def lesson3(run_seed, runs, steps):
     run_seeds = [100 * run_seed + i for i in range(runs)]
     print(
         f"\n## 3. Training: {LENGTH} thoughts, {FACTS} facts, {PROMPTS} prompts x {N} rollouts, "
-        f"{runs} seeds, at most {steps} steps, best of 4 learning rates each\n\n"
+        f"{runs} runs, at most {steps} steps, best of 4 learning rates each\n\n"
         f"Steps / thoughts until the pass rate is {TARGET}, relative to GRPO from the same starts "
-        "(below 1: resets are better), with 95% bootstrap intervals over seeds. > (<): not all "
-        "seeds of the method (of GRPO) get there, this is a bound; ?: neither. Thoughts of the "
-        "localizer are not counted: `first` asks once for each prompt with a failure, `deepest` "
-        f"once for each failure. A wrong chain is right by luck once in {STATES}, also at the "
-        "start.\n"
+        "(below 1: resets are better), with 95% bootstrap intervals over runs. The ratio is a "
+        "bound where not all runs of the method (>) or of GRPO (<) get there; ?: neither. The "
+        "localizer's thoughts are not counted: `first` asks it once for each prompt with a "
+        "failure, `deepest` once for each failure. A wrong chain is right by luck once in "
+        f"{STATES}, also at the start.\n"
     )
     table = {}
     for optimizer, regime in product(GRIDS, REGIMES):
@@ -1227,7 +1236,7 @@ def guidance(one, two, three):
         print(
             "- With an oracle, rare mistakes are the case for resets: measured exponents of p "
             f"{better:.2f} (improvement) and {fewer:.2f} (samples). But the theory compares with "
-            "random resets, not with GRPO, and asking the oracle is free in it."
+            "random resets, not with GRPO, and its oracle is free."
         )
     if two is not None:
         print(
@@ -1247,7 +1256,7 @@ def guidance_of_map(table):
     """Accuracies that break even, and the starts at which a good localizer surely gains."""
     for optimizer in GRIDS:
         print(
-            f"- {optimizer}: localizer accuracy from which on resets break even, by steps / by "
+            f"- {optimizer}: the localizer accuracy at which resets break even, by steps / by "
             "generated thoughts:\n"
         )
         print_head(["start", *CHOICES], indent="  ")
@@ -1270,10 +1279,10 @@ def guidance_of_map(table):
         text = f"starts of {', '.join(starts)}" if starts else "no start of the map"
         worth.append(f"{optimizer}: {text}")
     print(
-        f"- At {GOOD_Q} accuracy and the first failure as seed, resets need surely fewer steps "
-        f"(interval below 1) at: {'; '.join(worth)}. So: measure the pass rate and the localizer "
-        "first (`eval.py localization`). Low pass rate and a good localizer: resets, and try "
-        "--seed_choice deepest. Otherwise GRPO."
+        f"- At {GOOD_Q} accuracy and the first failure as seed, resets surely need fewer steps "
+        f"(interval below 1) at: {'; '.join(worth)}. So measure the pass rate and the localizer "
+        "first (`eval.py localization`). With a low pass rate and a good localizer take resets, "
+        "otherwise GRPO. The deepest seed is an idea that was tried here only."
     )
 
 
