@@ -1,852 +1,1409 @@
-"""When are resets worth it? Three lessons on chains that are small enough to compute. Not a test; tests/test_theory.py checks its numbers.
+"""When are resets worth it? Three lessons on chains that are small enough to compute.
 
-  1  Conservative Policy Iteration (the paper's theory; Kakade & Langford 2002): where a visited state is improvable with probability p, a
-     credit-assignment oracle (CPI-CARO) needs 1/p^2 fewer samples than random resets (CPI-RR) and improves 1/p more per iteration.
-  2  The gradient of one prompt: exact mean and variance of what GRPO, RRPO and SRPO estimate, with the project's advantages and weights.
-  3  Training: steps and thoughts to a pass rate of 0.5, over start pass rate and accuracy of the localizer, with AdamW and plain gradient.
+  1  Conservative Policy Iteration, the paper's theory (after Kakade and Langford, 2002). A visited
+     state is improvable with probability p. A credit-assignment oracle (CPI-CARO) needs 1/p^2 fewer
+     samples than random resets (CPI-RR) and improves 1/p times as much per iteration.
+  2  The gradient of one prompt: exact mean and variance of what GRPO, RRPO and SRPO estimate, with
+     the advantages and token weights of loss.py.
+  3  Training: steps and generated thoughts until the pass rate is 0.5, for several start pass rates
+     and localizer accuracies, with AdamW and with plain gradient steps.
 
-Lesson 1 is exact and simulated, lesson 2 exact. Lesson 3 simulates a policy without a neural network: every fact has a softmax of its own,
-so nothing generalises, and the localizer is a number that does not drift. All is a function of --seed.
+Lesson 1 is exact and simulated. Lesson 2 is exact. Lesson 3 is simulated.
 
-    python tests/theory.py --out theory.png               # all lessons: some minutes on one core
-    python tests/theory.py --lesson 2 --out lesson2.png   # one of them
+Left out: the neural network. In lesson 3 every fact has a softmax of its own, so nothing
+generalises, and the localizer is a fixed accuracy q that does not drift during training. Both keep
+the map small enough to compute; the README's runs have a real network and a real localizer.
+
+Departures from rollout.py:
+  - "deepest" localizes every failure of the base group and resets the one whose named error comes
+    last. It is an idea that was tried, and these lessons are its record: the paper takes the first
+    failure, and so does rollout.py.
+  - Where the base group has no failure, the prompt gets one GRPO group. rollout.py first looks for
+    a seed among fresh draws.
+
+This file is an experiment; tests/test_theory.py checks its numbers. All numbers are a function of
+--seed.
+
+Try it alone, from the repository root:
+    python -m tests.theory --out theory.png               # all lessons, some minutes on one core
+    python -m tests.theory --lesson 2 --out lesson2.png   # one lesson, seconds
 """
 
 import argparse
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-# ------------------------------------------------------------------------------- lesson 1: conservative policy iteration
+# ------------------------------------------------------- lesson 1: conservative policy iteration
+#
+# A chain makes H decisions. At an improvable state, action 1 (right) adds DELTA to the chance of
+# reward and action 0 (wrong) takes DELTA away. At any other state the action changes nothing. The
+# reward is 1 with probability 1/2 + DELTA * lead, so it is noisy for every p. The policy pi tosses
+# a coin; the greedy policy always takes action 1.
 
-H, DELTA, KAPPA = (
-    4,
-    1 / 8,
-    0.5,
-)  # decisions; advantage of the right action at an improvable state; how much actions change later states
-RATES = [2.0**-k for k in range(1, 7)]  # p
-CONFIDENCE, Z = (
-    0.9,
-    1.2816,
-)  # how surely the sign of the estimated advantage is to be right, and the normal quantile of that
-PATHS = np.array(list(product((0, 1), repeat=2 * H))).reshape(-1, 2, H)
-C, A = (
-    PATHS[:, 0],
-    PATHS[:, 1],
-)  # [L, H] of all paths. c = 1: improvable, there a = 1 adds DELTA to the chance of reward and a = 0 takes it away
-GAIN = (C * (2 * A - 1)).cumsum(
-    1
-)  # [L, H] m: right minus wrong actions so far. Reward 1 with probability 1/2 + DELTA m: noise at every p
+H = 4  # decisions of a chain, the horizon
+DELTA = 1 / 8  # advantage of action 1 at an improvable state
+KAPPA = 0.5  # how strongly an action changes the chance that the next state is improvable
+RATES = [2.0**-k for k in range(1, 7)]  # p, the chance that a visited state is improvable
+CONFIDENCE = 0.9  # probability with which the estimated advantage has the right sign
+Z = 1.2816  # the normal quantile of CONFIDENCE
+RR_REPLICATES = 320  # independent estimates of CPI-RR in the simulation
+CARO_REPLICATES = 2000  # independent estimates of CPI-CARO: its samples are fewer
+BOOTSTRAPS = 500  # bootstrap resamples of the replicates
+
+PATHS = np.array(list(product((0, 1), repeat=2 * H))).reshape(-1, 2, H)  # all L = 2^(2H) paths
+IMPROVABLE = PATHS[:, 0]  # [L, H] 1 where the state before decision h is improvable
+ACTION = PATHS[:, 1]  # [L, H] the action taken there
+CHANGE = IMPROVABLE * (2 * ACTION - 1)  # [L, H] +1 right, -1 wrong, 0 where it does not matter
+LEAD = CHANGE.cumsum(1)  # [L, H] right minus wrong actions up to and with decision h
 
 
 def path_probability(p, alpha, oracle=False):
-    """Probabilities [..., L] of all paths under (1 - alpha) pi + alpha greedy, alpha [...]. pi tosses a coin; greedy always takes a = 1. With the
-    oracle only improvable states are changed. The next state is improvable with probability p (1 - KAPPA) after a = 1 and p (1 + KAPPA)
-    after a = 0: p under pi, less under a better policy. That shift of states is why steps must be conservative."""
-    chance = np.full(C.shape, float(p))
-    chance[:, 1:] = p * (1 + KAPPA * (1 - 2 * A[:, :-1]))
-    shift = np.asarray(alpha, float)[..., None, None] / 2 * (C if oracle else 1)
-    return (np.where(C, chance, 1 - chance) * (0.5 + np.where(A, shift, -shift))).prod(-1)
+    """Probabilities [..., L] of all paths under the mixture (1 - alpha) pi + alpha greedy.
+
+    alpha is [...]. With the oracle the mixture acts at improvable states only; elsewhere it is pi.
+    The next state is improvable with probability p (1 - KAPPA) after action 1 and p (1 + KAPPA)
+    after action 0: p under pi, less under a better policy. This shift of the visited states is why
+    steps have to be conservative.
+    """
+    improvable = np.full(IMPROVABLE.shape, float(p))
+    improvable[:, 1:] = p * (1 + KAPPA * (1 - 2 * ACTION[:, :-1]))
+    shift = np.asarray(alpha, float)[..., None, None] / 2
+    if oracle:
+        shift = shift * IMPROVABLE
+    state_chance = np.where(IMPROVABLE, improvable, 1 - improvable)
+    action_chance = 0.5 + np.where(ACTION, shift, -shift)
+    return (state_chance * action_chance).prod(-1)
 
 
 def J(p, alpha, oracle=False):
-    """Expected reward [...] of the mixture, over the whole tree of paths."""
-    return path_probability(p, alpha, oracle) @ (0.5 + DELTA * GAIN[:, -1])
+    """Expected reward [...] of the mixture, summed over all paths."""
+    return path_probability(p, alpha, oracle) @ (0.5 + DELTA * LEAD[:, -1])
 
 
 def policy_advantage(p, oracle=False):
-    """(mean, variance) of X = r(a = 1, then pi) - r(pi), both sampled from one visited state (h uniform; with the oracle an improvable one). The
-    mean is the policy advantage E_{s~d_pi} E_{a~greedy} A_pi(s, a): p DELTA, DELTA. pi gains nothing on average, so V(s) = 1/2 + DELTA m."""
-    weight = path_probability(p, 0.0)[:, None] * (C if oracle else np.ones((1, H)))
+    """Exact (mean, variance) of X = r(action 1, then pi) - r(pi), both sampled from one state.
+
+    The state is a visited one: h is uniform, and with the oracle it is improvable. The mean is the
+    policy advantage E_{s ~ d_pi} E_{a ~ greedy} A_pi(s, a): p DELTA, with the oracle DELTA. Under
+    pi the lead does not change on average, so V(s) = 1/2 + DELTA lead.
+    """
+    weight = path_probability(p, 0.0)[:, None] * np.ones((1, H))
+    if oracle:
+        weight = weight * IMPROVABLE
     weight = weight / weight.sum()  # [L, H]
-    V = 0.5 + DELTA * (GAIN - C * (2 * A - 1))  # before the decision
-    Q = V + DELTA * C
+    V = 0.5 + DELTA * (LEAD - CHANGE)  # before the decision
+    Q = V + DELTA * IMPROVABLE
     mean = (weight * (Q - V)).sum()
-    return mean, (
-        weight * (Q * (1 - V) + V * (1 - Q))
-    ).sum() - mean**2  # X^2 is 1 where the two rewards differ
+    square = (weight * (Q * (1 - V) + V * (1 - Q))).sum()  # X^2 is 1 where the two rewards differ
+    return mean, square - mean**2
 
 
 def step_size(advantage):
-    """The conservative alpha = A / (2 (H - 1)), for advantages within [-1, 1].
+    """The conservative alpha = A / (2 (H - 1)), for advantages A within [-1, 1].
 
-    J' - J = alpha sum_h E_{s~d'_h} A(s), and d'_h is d_h unless an earlier decision was changed: with probability at most (h - 1) alpha. So
-    J' - J >= alpha (H A - alpha H (H - 1)), largest at this alpha: H A^2 / (4 (H - 1)), with A = p DELTA for CPI-RR. The oracle changes
-    improvable states only, so p multiplies both terms: J' - J >= p alpha (H DELTA - alpha H (H - 1)), alpha = DELTA / (2 (H - 1))."""
+    J' - J = alpha sum_h E_{s ~ d'_h} A(s). The states d'_h are those of d_h unless an earlier
+    decision was changed, which has a probability of at most (h - 1) alpha. Hence
+
+        J' - J >= alpha (H A - alpha H (H - 1))
+
+    is largest at this alpha: H A^2 / (4 (H - 1)), with A = p DELTA for CPI-RR. The oracle changes
+    improvable states only, so p multiplies both terms:
+
+        J' - J >= p alpha (H DELTA - alpha H (H - 1)), largest at alpha = DELTA / (2 (H - 1)).
+    """
     return np.clip(advantage, 0, 1) / (2 * (H - 1))
 
 
-UNIT = 2**16  # draws are 16-bit integers: fast, and every probability here is a multiple of 2^-16
+def improvement(p, advantage, oracle):
+    """Exact J' - J of the conservative step that this (estimated) advantage asks for."""
+    return J(p, step_size(advantage), oracle) - J(p, 0.0)
+
+
+# The simulation draws 16-bit integers. This is fast, and exact: every probability in this lesson is
+# a multiple of 2^-16.
+UNIT = 2**16
+PIECE = 2**18  # samples that are drawn at once: they stay in the processor's cache
+
+
+@dataclass
+class States:
+    """n states of chains, each field [n]."""
+
+    taken: np.ndarray  # decisions taken so far
+    improvable: np.ndarray  # whether the next action matters
+    lead: np.ndarray  # right minus wrong actions so far
 
 
 def draw(n, rng):
+    """n uniform 16-bit integers."""
     return rng.integers(0, UNIT, n, dtype=np.uint16)
 
 
 def first_states(n, p, rng):
-    """n states (h, c, m), each [n], before the first decision."""
-    return np.zeros(n, np.uint8), draw(n, rng) < round(UNIT * p), np.zeros(n, np.int8)
+    """n states before the first decision."""
+    improvable = draw(n, rng) < round(UNIT * p)
+    return States(np.zeros(n, np.uint8), improvable, np.zeros(n, np.int8))
 
 
-def walk(state, stop, p, rng, greedy=False, alpha=0.0):
-    """Chains under pi from `state` to before decision `stop` [n]. greedy: their first action is a = 1; alpha: under the mixture instead."""
-    h, c, m = state
-    m = m.copy()
+def walk(states, stop, p, rng, greedy=False, alpha=0.0):
+    """Continues chains under pi until `stop` [n] decisions are taken; returns the new states.
+
+    greedy: the first action is 1. alpha: under the mixture with the greedy policy instead of pi.
+    """
+    improvable = states.improvable
+    lead = states.lead.copy()
     for k in range(H):
-        active = (h <= k) & (k < stop)
-        right = draw(len(h), rng) < round(UNIT / 2 * (1 + alpha))
+        active = (states.taken <= k) & (k < stop)
+        right = draw(len(lead), rng) < round(UNIT / 2 * (1 + alpha))
         if greedy:
-            right |= h == k
-        m += (active & c) * (2 * right.astype(np.int8) - 1)
-        chance = np.where(
-            right, np.uint16(UNIT * p * (1 - KAPPA)), np.uint16(UNIT * p * (1 + KAPPA))
-        )
-        c = np.where(active, draw(len(h), rng) < chance, c)
-    return stop, c, m
+            right |= states.taken == k
+        change = np.where(right, np.int8(1), np.int8(-1))
+        lead += np.where(active & improvable, change, np.int8(0))
+        after_right = np.uint16(UNIT * p * (1 - KAPPA))
+        after_wrong = np.uint16(UNIT * p * (1 + KAPPA))
+        next_improvable = draw(len(lead), rng) < np.where(right, after_right, after_wrong)
+        improvable = np.where(active, next_improvable, improvable)
+    return States(stop, improvable, lead)
 
 
-def rewards(state, p, rng, **how):
-    """0 or 1 [n] of chains that go on from `state` to the end."""
-    m = walk(state, np.uint8(H), p, rng, **how)[2]
-    return (draw(len(m), rng) < UNIT // 2 + int(UNIT * DELTA) * m.astype(np.int32)).astype(np.int8)
+def rewards(states, p, rng, greedy=False, alpha=0.0):
+    """Rewards [n], 0 or 1, of chains that continue from these states to the end."""
+    end = np.full_like(states.taken, H)
+    lead = walk(states, end, p, rng, greedy, alpha).lead
+    threshold = UNIT // 2 + int(UNIT * DELTA) * lead.astype(np.int32)
+    return (draw(len(lead), rng) < threshold).astype(np.int8)
 
 
 def visited(n, p, rng, oracle=False):
-    """n visited states of pi, and how many were drawn: with the oracle, until n were improvable (one oracle call each)."""
-    kept, found, drawn = [], 0, 0
+    """(n visited states of pi, how many states were drawn for them).
+
+    With the oracle, states are drawn until n are improvable; every draw is one oracle call.
+    """
+    kept = []
+    found = 0
+    drawn = 0
     while found < n:
-        size = min(int((n - found) / p * 1.05) + 16, 2**20) if oracle else n
-        states = walk(first_states(size, p, rng), rng.integers(0, H, size, dtype=np.uint8), p, rng)
-        kept.append([part[states[1]] for part in states] if oracle else states)
-        found, drawn = found + len(kept[-1][0]), drawn + size
-    return [np.concatenate(part)[:n] for part in zip(*kept)], drawn
+        size = n
+        if oracle:
+            size = min(int((n - found) / p * 1.05) + 16, 2**20)
+        start = first_states(size, p, rng)
+        stop = rng.integers(0, H, size, dtype=np.uint8)
+        states = walk(start, stop, p, rng)
+        if oracle:
+            chosen = states.improvable
+            states = States(states.taken[chosen], states.improvable[chosen], states.lead[chosen])
+        kept.append(states)
+        found += len(states.taken)
+        drawn += size
+    taken = np.concatenate([states.taken for states in kept])[:n]
+    improvable = np.concatenate([states.improvable for states in kept])[:n]
+    lead = np.concatenate([states.lead for states in kept])[:n]
+    return States(taken, improvable, lead), drawn
+
+
+@dataclass
+class AdvantageSamples:
+    """Estimates of the policy advantage from T growing numbers of samples."""
+
+    sizes: np.ndarray  # [T] samples
+    sums: np.ndarray  # [replicates, T] sum of X over so many samples
+    calls: float  # oracle calls for each sample
 
 
 def sampled_advantage(p, oracle, replicates, rng, least=8):
-    """Estimates the policy advantage from more and more samples, until its sign is right in enough replicates.
-    -> sizes [T] (samples, growing by sqrt 2), sums of X [replicates, T], oracle calls for each sample."""
-    sizes, sums, total, drawn, done = [], [], np.zeros(replicates), 0, 0
+    """Estimates the policy advantage from more and more samples, growing by sqrt 2.
+
+    Stops when the sign of the estimate is right in enough replicates.
+    """
+    sizes = []
+    sums = []
+    total = np.zeros(replicates)
+    done = 0  # samples of each replicate
+    drawn = 0
     while len(sums) < 4 or right_signs(sums[-1]).mean() < CONFIDENCE + 0.03:
         n = math.ceil(least * 2 ** (len(sizes) / 2))
-        for at in range(done, n, 2**18 // replicates):  # in pieces that stay in the cache
-            size = min(2**18 // replicates, n - at)
-            state, draws = visited(size * replicates, p, rng, oracle)
-            X = rewards(state, p, rng, greedy=True) - rewards(state, p, rng)
-            total, drawn = total + X.reshape(replicates, size).sum(1), drawn + draws
-        sizes, sums, done = sizes + [n], sums + [total], n
-    return np.array(sizes), np.stack(sums, 1), drawn / (done * replicates) if oracle else 0.0
+        for at in range(done, n, PIECE // replicates):
+            size = min(PIECE // replicates, n - at)
+            states, draws = visited(size * replicates, p, rng, oracle)
+            X = rewards(states, p, rng, greedy=True) - rewards(states, p, rng)
+            total = total + X.reshape(replicates, size).sum(1)
+            drawn += draws
+        sizes.append(n)
+        sums.append(total)
+        done = n
+    calls = drawn / (done * replicates) if oracle else 0.0
+    return AdvantageSamples(np.array(sizes), np.stack(sums, 1), calls)
 
 
 def right_signs(sums):
-    """1 where the estimated advantage is positive, 1/2 where it is 0 (a toss)."""
+    """1 where the estimated advantage is positive, 1/2 where it is 0 (a coin toss), else 0."""
     return (np.sign(sums) + 1) / 2
 
 
 def samples_needed(sizes, share):
-    """Samples from which on the share [T] of right signs stays at CONFIDENCE, log-linear between sizes."""
+    """Samples from which the share [T] of right signs stays at CONFIDENCE or above.
+
+    Log-linear between two sizes.
+    """
     below = np.flatnonzero(share[:-1] < CONFIDENCE)
     t = below[-1] if len(below) else 0
-    part = np.clip((CONFIDENCE - share[t]) / max(share[t + 1] - share[t], 1e-9), 0, 1)
+    rise = max(share[t + 1] - share[t], 1e-9)
+    part = np.clip((CONFIDENCE - share[t]) / rise, 0, 1)
     return sizes[t] * (sizes[t + 1] / sizes[t]) ** part
 
 
 def interval(values):
-    """95% interval of bootstrap values [B, ...]."""
+    """95% interval (low, high) of bootstrap values [B, ...]."""
     return np.percentile(values, [2.5, 97.5], axis=0)
 
 
 def slope(ratios):
-    """Exponent of p in ratios [..., P]."""
+    """Exponent of p in ratios [..., P]: the slope of their log over log p."""
     x = np.log(RATES) - np.mean(np.log(RATES))
     return np.log(ratios) @ x / (x @ x)
 
 
-def lesson1(seed, replicates=(320, 2000), bootstraps=500):
-    """One iteration of CPI-RR and CPI-CARO for every p: improvement and samples, exact and simulated. -> {what: (exact, sampled, bootstraps)}"""
-    rng, calls = np.random.default_rng([seed, 1]), []
-    exact, point = np.zeros((2, 2, 2, len(RATES)))  # [improvement or samples, RR or CARO, p]
-    boot = np.zeros((bootstraps, 2, 2, len(RATES)))
-    for (i, p), (k, oracle) in product(enumerate(RATES), enumerate((False, True))):
-        mean, variance = policy_advantage(p, oracle)
-        exact[:, k, i] = J(p, step_size(mean), oracle) - J(p, 0.0), Z**2 * variance / mean**2
-        sizes, sums, asked = sampled_advantage(p, oracle, replicates[k], rng)
-        point[1, k, i] = samples_needed(sizes, right_signs(sums).mean(0))
-        t = np.abs(np.log(sizes / point[1, k, i])).argmin()
-        gains = J(p, step_size(sums[:, t] / sizes[t]), oracle) - J(
-            p, 0.0
-        )  # each replicate steps by its own estimate
-        point[0, k, i] = gains.mean()
-        for b in range(bootstraps):
-            weight = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums))) / len(sums)
-            boot[b, :, k, i] = weight @ gains, samples_needed(sizes, weight @ right_signs(sums))
-        calls += [asked * point[1, k, i]] if oracle else []
-    ratios = lambda x: (x[..., 0, 1, :] / x[..., 0, 0, :], x[..., 1, 0, :] / x[..., 1, 1, :])  # noqa: E731  (what CARO gains: improvement, samples)
-    (gain, need), (gain_s, need_s), (gain_b, need_b) = ratios(exact), ratios(point), ratios(boot)
-    print(f"\n## 1. Conservative Policy Iteration: {H} decisions, advantage {DELTA} at improvable states\n\n| p | A of RR | alpha RR / CARO | J'-J of RR, CARO, exact | CARO / RR "
-          f"| sampled | samples of RR, CARO, exact | RR / CARO | sampled | oracle calls of CARO |\n|{'---|' * 10}")  # fmt: skip
-    for i, p in enumerate(RATES):
-        mean, ((a, b), (c, d)) = (
-            policy_advantage(p)[0],
-            (interval(gain_b[:, i]), interval(need_b[:, i])),
-        )
-        print(f"| 1/{1 / p:.0f} | {mean:.4f} | {step_size(mean):.5f} / {step_size(DELTA):.5f} | {exact[0, 0, i]:.2e}, {exact[0, 1, i]:.2e} | {gain[i]:.2f} | {gain_s[i]:.2f} ({a:.2f} to {b:.2f}) "
-              f"| {exact[1, 0, i]:,.0f}, {exact[1, 1, i]:,.0f} | {need[i]:,.0f} | {need_s[i]:,.0f} ({c:,.0f} to {d:,.0f}) | {calls[i]:,.0f} |")  # fmt: skip
+@dataclass
+class Estimate:
+    """One quantity, exact and sampled. P: the p of RATES; one p has no such dimension."""
+
+    exact: float | np.ndarray  # [P]
+    sampled: float | np.ndarray  # [P]
+    bootstraps: np.ndarray  # [B, P] the sampled value from B resamples of the replicates
+
+
+@dataclass
+class Iteration:
+    """One iteration of CPI-RR or CPI-CARO at one p."""
+
+    improvement: Estimate  # J' - J
+    samples: Estimate  # samples to the right sign of the advantage
+    calls: float  # oracle calls for these samples
+
+
+@dataclass
+class OracleGain:
+    """What the oracle gains over random resets, for every p."""
+
+    improvement: Estimate  # of CARO / of RR
+    samples: Estimate  # of RR / of CARO
+
+
+def iterate(p, oracle, replicates, rng):
+    """One iteration of CPI-RR, or with the oracle CPI-CARO, exact and simulated."""
+    mean, variance = policy_advantage(p, oracle)
+    found = sampled_advantage(p, oracle, replicates, rng)
+    signs = right_signs(found.sums)
+    needed = samples_needed(found.sizes, signs.mean(0))
+    t = np.abs(np.log(found.sizes / needed)).argmin()  # the size next to what is needed
+    estimates = found.sums[:, t] / found.sizes[t]
+    gains = improvement(p, estimates, oracle)  # each replicate steps by its own estimate
+    gains_again = np.zeros(BOOTSTRAPS)
+    needed_again = np.zeros(BOOTSTRAPS)
+    for b in range(BOOTSTRAPS):
+        counts = rng.multinomial(replicates, np.full(replicates, 1 / replicates))
+        weight = counts / replicates
+        gains_again[b] = weight @ gains
+        needed_again[b] = samples_needed(found.sizes, weight @ signs)
+    return Iteration(
+        Estimate(improvement(p, mean, oracle), gains.mean(), gains_again),
+        Estimate(Z**2 * variance / mean**2, needed, needed_again),
+        found.calls * needed,
+    )
+
+
+def ratio(above, below):
+    """above / below, two lists of P estimates, as one estimate over all p."""
+    pairs = list(zip(above, below))
+    return Estimate(
+        np.array([a.exact / b.exact for a, b in pairs]),
+        np.array([a.sampled / b.sampled for a, b in pairs]),
+        np.stack([a.bootstraps / b.bootstraps for a, b in pairs], 1),
+    )
+
+
+def lesson1(run_seed):
+    """Runs one iteration of CPI-RR and CPI-CARO for every p, and prints what the oracle gains."""
+    rng = np.random.default_rng([run_seed, 1])
+    rr = []
+    caro = []
+    for p in RATES:
+        rr.append(iterate(p, False, RR_REPLICATES, rng))
+        caro.append(iterate(p, True, CARO_REPLICATES, rng))
+    gain = OracleGain(
+        improvement=ratio([c.improvement for c in caro], [r.improvement for r in rr]),
+        samples=ratio([r.samples for r in rr], [c.samples for c in caro]),
+    )
+    print_lesson1(rr, caro, gain)
+    return gain
+
+
+def print_lesson1(rr, caro, gain):
     print(
-        "\n| exponent of p | theory | exact | sampled, 95% bootstrap interval |\n|---|---|---|---|"
+        f"\n## 1. Conservative Policy Iteration: {H} decisions, "
+        f"advantage {DELTA} at improvable states\n"
     )
-    found = {
-        "improvement, CARO / RR": (gain, gain_s, gain_b),
-        "samples, RR / CARO": (need, need_s, need_b),
-    }
-    for theory, (what, (x, s, b)) in zip((-1, -2), found.items()):
-        low, high = interval(slope(b))
-        print(f"| {what} | {theory} | {slope(x):.3f} | {slope(s):.2f} ({low:.2f} to {high:.2f}) |")
-    print(f"\nA sample is a pair of rewards from one state; samples are those to a right sign with probability {CONFIDENCE}. Oracle calls are counted apart, 1/p for each "
-          "sample of CARO: if a call costs as much as a sample, CARO saves 1/p, not 1/p^2.")  # fmt: skip
-    return found
+    print_head(
+        ["p", "A of RR", "alpha RR / CARO", "J'-J of RR, CARO, exact", "CARO / RR", "sampled"]
+        + ["samples of RR, CARO, exact", "RR / CARO", "sampled", "oracle calls of CARO"]
+    )
+    for i, p in enumerate(RATES):
+        mean, _ = policy_advantage(p)
+        better = gain.improvement
+        fewer = gain.samples
+        better_low, better_high = interval(better.bootstraps[:, i])
+        fewer_low, fewer_high = interval(fewer.bootstraps[:, i])
+        print_row(
+            [
+                f"1/{1 / p:.0f}",
+                f"{mean:.4f}",
+                f"{step_size(mean):.5f} / {step_size(DELTA):.5f}",
+                f"{rr[i].improvement.exact:.2e}, {caro[i].improvement.exact:.2e}",
+                f"{better.exact[i]:.2f}",
+                f"{better.sampled[i]:.2f} ({better_low:.2f} to {better_high:.2f})",
+                f"{rr[i].samples.exact:,.0f}, {caro[i].samples.exact:,.0f}",
+                f"{fewer.exact[i]:,.0f}",
+                f"{fewer.sampled[i]:,.0f} ({fewer_low:,.0f} to {fewer_high:,.0f})",
+                f"{caro[i].calls:,.0f}",
+            ]
+        )
+    print()
+    print_head(["exponent of p", "theory", "exact", "sampled, 95% bootstrap interval"])
+    print_exponent("improvement, CARO / RR", -1, gain.improvement)
+    print_exponent("samples, RR / CARO", -2, gain.samples)
+    print(
+        "\nA sample is a pair of rewards from one state. Samples are counted until the sign of the "
+        f"advantage is right with probability {CONFIDENCE}. Oracle calls are counted separately, "
+        "1/p for each sample of CARO: if a call costs as much as a sample, CARO saves 1/p, not "
+        "1/p^2."
+    )
 
 
-# -------------------------------------------------------------------------- lesson 2: the gradient of one prompt, exactly
-
-K, N = 6, 8  # thoughts of a chain, trained rollouts of a prompt
-STARTS = [0.01, 0.04, 0.15, 0.5]  # P, pass rate
-ACCURACIES = [
-    0.0,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-]  # q, how often the localizer names the true first error, else any thought; 0 is RRPO
-SPLITS = {"1x4": (4, "first"), "1x4 deepest": (4, "deepest"), "1x8, fresh seed": (0, "first")}
+def print_exponent(what, theory, estimate):
+    low, high = interval(slope(estimate.bootstraps))
+    sampled = f"{slope(estimate.sampled):.2f} ({low:.2f} to {high:.2f})"
+    print_row([what, str(theory), f"{slope(estimate.exact):.3f}", sampled])
 
 
-def advantages(right, G, normalize=True):
-    """(A of right rollouts, A of wrong ones) in a group of G with `right` rewards of 1: loss.set_advantages."""
-    mean = right / G
+def print_row(cells, indent=""):
+    """One row of a Markdown table."""
+    print(f"{indent}| {' | '.join(cells)} |", flush=True)
+
+
+def print_head(cells, indent=""):
+    """The head of a Markdown table."""
+    print_row(cells, indent)
+    print(f"{indent}|{'---|' * len(cells)}")
+
+
+# ------------------------------------------------ lesson 2: the gradient of one prompt, exactly
+#
+# A chain has K thoughts, each right with probability p = P^(1/K); its reward is 1 where all are
+# right. Thought k has one logit. After its first error a chain is at other states, with logits of
+# their own, where nothing can be won: the scores there are pure noise, of variance p (1 - p) each.
+# So a rollout is its first error j (from 0; j = K: none), and its scores u_j [K] are 1 - p before
+# j, -p at j, and 0 after it.
+
+K = 6  # thoughts of a chain
+N = 8  # trained rollouts of a prompt
+STARTS = [0.01, 0.04, 0.15, 0.5]  # P, the pass rate of the prompt
+EXAMPLE_START = 0.04  # the one of STARTS that the text quotes
+ACCURACIES = [0.0, 0.25, 0.5, 0.75, 1.0]  # q: how often the localizer is right; else random
+FRESH_ROUND = 4  # fresh draws of a seed at once, as in rollout.py
+FRESH_DRAWS = 8  # fresh draws of a seed at most, as in rollout.py
+
+
+@dataclass(frozen=True)
+class Split:
+    """Splits the N rollouts of a prompt: `base` from the prompt, the rest are suffixes."""
+
+    base: int  # 0: the seed is a fresh draw that is not trained
+    choice: str  # of the seed among the failures: "first", or "deepest" (the last named error)
+
+
+SPLITS = {
+    "1x4": Split(4, "first"),
+    "1x4 deepest": Split(4, "deepest"),
+    "1x8, fresh seed": Split(0, "first"),
+}
+
+
+def advantages(right, size, normalize=True):
+    """(advantage of right rollouts, of wrong ones) in a group of `size`: loss.set_advantages."""
+    mean = right / size
     std = math.sqrt(mean * (1 - mean))
-    return (
-        (0.0, 0.0)
-        if std < 1e-8
-        else tuple((r - mean) / (std if normalize else 1.0) for r in (1, 0))
-    )
+    if std < 1e-8:
+        return 0.0, 0.0
+    scale = std if normalize else 1.0
+    return (1 - mean) / scale, -mean / scale
 
 
 def binomial(n, k, p):
+    """Probability of k successes in n."""
     return math.comb(n, k) * p**k * (1 - p) ** (n - k)
 
 
+@dataclass
+class Scores:
+    """Distribution of the summed scores of independent failures."""
+
+    mean: np.ndarray  # [K]
+    cov: np.ndarray  # [K, K]
+    off: float  # summed variance of the scores after the first error
+
+    def __add__(self, other):
+        return Scores(self.mean + other.mean, self.cov + other.cov, self.off + other.off)
+
+    def times(self, n):
+        """The sum of n independent ones."""
+        return Scores(n * self.mean, n * self.cov, n * self.off)
+
+
+@dataclass
+class Term:
+    """The gradient in one case, which fixes the advantages. Rollouts are independent in it.
+
+    The gradient of a method is a mixture of such cases; see `measure`.
+    """
+
+    probability: float  # of this case
+    mean: np.ndarray  # [K]
+    cov: np.ndarray  # [K, K]
+    off: float  # noise after the first error
+    thoughts: float  # generated thoughts
+
+    def followed_by(self, other):
+        """Adds the part of the gradient that comes from the suffix group, in one of its cases."""
+        return Term(
+            self.probability * other.probability,
+            self.mean + other.mean,
+            self.cov + other.cov,
+            self.off + other.off,
+            self.thoughts + other.thoughts,
+        )
+
+
 class Chain:
-    """K thoughts, each right with probability p = P^(1/K), reward 1 iff all are. Thought k has one logit. After its first error a chain is at
-    other states, with logits of their own, where nothing can be won: their scores are pure noise, of variance p (1 - p) each.
-    So a rollout is its first error j (from 0; K: none), with scores u_j [K]: 1 - p before j, -p at j, 0 after.
+    """The prompt of this lesson, and what each method estimates on it. Nothing is sampled."""
 
-    Gradients are given as terms (probability, mean [K], covariance [K, K], off-chain noise, generated thoughts) of a mixture over what decides
-    the advantages; within a term rollouts are independent. Nothing is sampled."""
-
-    def __init__(self, P, length="trained"):
-        self.length, self.p = length, P ** (1 / K)
-        p = self.p
-        self.u = np.tril(np.full((K + 1, K), 1 - p), -1)
-        self.u[range(K), range(K)] = -p
-        self.off = (
-            (K - 1.0 - np.arange(K)) * p * (1 - p)
-        )  # [K] of a failure at j: summed variance of its scores after the error
+    def __init__(self, pass_rate, length="trained"):
+        """length: the divisor of token weights, as in loss.token_weights."""
+        p = pass_rate ** (1 / K)
+        self.length = length
+        self.p = p
+        self.scores = np.tril(np.full((K + 1, K), 1 - p), -1)  # [K + 1, K] u_j
+        self.scores[range(K), range(K)] = -p
+        self.off = (K - 1.0 - np.arange(K)) * p * (1 - p)  # [K] noise after the first error j
+        self.error = p ** np.arange(K) * (1 - p) / (1 - p**K)  # [K] first error of a failure
 
     def failure(self, h=0, among=1.0):
-        """(mean [K], covariance [K, K], off-chain noise) of the scores of a failure from thought h on; among [K]: chance of each j to be let in."""
+        """Scores of one failure, from thought h on.
+
+        among: chance [K] with which a failure with first error j is considered at all.
+        """
         late = np.arange(K) >= h
-        weight, u = self.p ** np.arange(K) * late * among, self.u[:K] * late
+        weight = self.p ** np.arange(K) * late * among
         weight = weight / max(weight.sum(), 1e-300)
+        u = self.scores[:K] * late
         mean = weight @ u
-        return mean, (u * weight[:, None]).T @ u - np.outer(mean, mean), weight @ self.off
+        cov = (u * weight[:, None]).T @ u - np.outer(mean, mean)
+        return Scores(mean, cov, weight @ self.off)
 
-    def group(self, h, G, passed=0, normalize=True):
-        """Terms of a group of G after a right prefix of h thoughts, its first `passed` members known to be right."""
-        mean, cov, off = self.failure(h)
-        for right in range(passed, G + 1):
-            T = K - h if self.length == "trained" else K
-            a, b = (
-                A / (N * T) for A in advantages(right, G, normalize)
-            )  # loss.token_weights: A / (|T| N)
-            n, u = G - right, self.u[K] * (np.arange(K) >= h)
-            yield (
-                binomial(G - passed, right - passed, self.p ** (K - h)),
-                right * a * u + n * b * mean,
-                n * b**2 * cov,
-                n * b**2 * off,
-                G * (K - h),
-            )
+    def group(self, h, size, passed=0, normalize=True) -> Iterator[Term]:
+        """Cases of a group of `size` rollouts after a right prefix of h thoughts.
 
-    def resets(self, q, base, choice):
-        """Terms of rollout.resets, split 1 x (N - base). The seed is the first failure of the base group, or the one named deepest, and stays in
-        it; for base = 0 it is a fresh draw, untrained (rounds of 4, at most 8). Behind an error all suffixes fail, with zero advantages."""
-        P, error = (
-            self.p**K,
-            self.p ** np.arange(K) * (1 - self.p) / (1 - self.p**K),
-        )  # error [K]: first error of a failure
-        named = q * np.eye(K) + (1 - q) / K  # [j, h]
-        for w, *term, cost in self.group(0, N, passed=base):  # no failure: one group of N
-            yield w * P ** (base or 8), *term, cost if base else cost + 8 * K
-        for right in range(base or 1):
-            a, b = (A / (N * K) for A in advantages(right, base)) if base else (0.0, 0.0)
-            failures, chance, spent = (
-                (base - right, binomial(base, right, P), K * base)
-                if base
-                else (1, 1 - P**8, 4 * K * (1 + P**4 / (1 + P**4)))
-            )
-            for place, j, h in product(
-                range(failures if choice == "deepest" else 1), range(K), range(K)
-            ):  # of the seed among the failures
-                before, after = (
-                    (named[:, :h].sum(1), named[:, : h + 1].sum(1))
-                    if choice == "deepest"
-                    else (np.ones(K), np.ones(K))
-                )
-                m, n = (
-                    place,
-                    failures - 1 - place,
-                )  # failures before the seed are named before h, those after it at most at h: ties go to the first
-                w = chance * error[j] * named[j, h] * (error @ before) ** m * (error @ after) ** n
-                (u1, c1, o1), (u2, c2, o2) = self.failure(0, before), self.failure(0, after)
-                mean = right * a * self.u[K] + b * (self.u[j] + m * u1 + n * u2)
-                cov, off = b**2 * (m * c1 + n * c2), b**2 * (self.off[j] + m * o1 + n * o2)
-                nothing = (1.0, 0.0, 0.0, 0.0, (N - base) * (K - h))
-                for v, mean_s, cov_s, off_s, cost in (
-                    self.group(h, N - base) if h <= j else [nothing]
-                ):
-                    yield w * v, mean + mean_s, cov + cov_s, off + off_s, spent + cost
+        The case is the number of right rollouts. The first `passed` are known to be right.
+        """
+        failure = self.failure(h)
+        success = self.scores[K] * (np.arange(K) >= h)
+        trained = K - h if self.length == "trained" else K
+        for right in range(passed, size + 1):
+            chance = binomial(size - passed, right - passed, self.p ** (K - h))
+            a, b = advantages(right, size, normalize)
+            a = a / (N * trained)  # loss.token_weights: A / (|T| N)
+            b = b / (N * trained)
+            wrong = failure.times(size - right)
+            mean = right * a * success + b * wrong.mean
+            yield Term(chance, mean, b**2 * wrong.cov, b**2 * wrong.off, size * (K - h))
+
+    def resets(self, q, split: Split) -> Iterator[Term]:
+        """Cases of rollout.resets, with one seed and a localizer of accuracy q."""
+        named = q * np.eye(K) + (1 - q) / K  # [j, h] chance that thought h is named for error j
+        if split.base == 0:
+            yield from self.fresh_seed(named)
+        else:
+            yield from self.all_passed(split)
+            yield from self.base_seed(named, split)
+
+    def all_passed(self, split) -> Iterator[Term]:
+        """Cases without a failure in the base group: one group of N, as in GRPO."""
+        chance = self.p ** (K * split.base)
+        for term in self.group(0, N, passed=split.base):
+            term.probability *= chance
+            yield term
+
+    def base_seed(self, named, split) -> Iterator[Term]:
+        """Cases in which the seed is a failure of the base group. It stays in that group."""
+        P = self.p**K
+        for right in range(split.base):
+            a, b = advantages(right, split.base)
+            a = a / (N * K)
+            b = b / (N * K)
+            failures = split.base - right
+            # The place of the seed among the failures. For "first" it is 0.
+            places = range(failures) if split.choice == "deepest" else range(1)
+            for place, j, h in product(places, range(K), range(K)):
+                chance, others = self.other_failures(named, h, place, failures, split.choice)
+                chance *= binomial(split.base, right, P) * self.error[j] * named[j, h]
+                wrong = Scores(self.scores[j], np.zeros((K, K)), self.off[j]) + others
+                mean = right * a * self.scores[K] + b * wrong.mean
+                base = Term(chance, mean, b**2 * wrong.cov, b**2 * wrong.off, K * split.base)
+                for suffixes in self.suffix_group(j, h, N - split.base):
+                    yield base.followed_by(suffixes)
+
+    def other_failures(self, named, h, place, failures, choice):
+        """(chance, scores) of the other failures, where the seed is at `place` and was named h.
+
+        "first" learns nothing about them. "deepest": those sampled before the seed were named
+        before h, those after it at most at h (ties go to the first).
+        """
+        if choice == "first":
+            return 1.0, self.failure().times(failures - 1)
+        before = named[:, :h].sum(1)  # [K] chance to be named before h, by first error
+        at_most = named[:, : h + 1].sum(1)
+        n_before = place
+        n_after = failures - 1 - place
+        chance = (self.error @ before) ** n_before * (self.error @ at_most) ** n_after
+        scores_before = self.failure(0, before).times(n_before)
+        scores_after = self.failure(0, at_most).times(n_after)
+        return chance, scores_before + scores_after
+
+    def fresh_seed(self, named) -> Iterator[Term]:
+        """Cases in which the seed is a fresh draw that is not trained; all N are suffixes.
+
+        Seeds are drawn in two rounds of FRESH_ROUND, the second where the first has no failure.
+        """
+        P = self.p**K
+        nothing_found = P**FRESH_DRAWS
+        for term in self.group(0, N):
+            term.probability *= nothing_found
+            term.thoughts += FRESH_DRAWS * K
+            yield term
+        second_round = P**FRESH_ROUND / (1 + P**FRESH_ROUND)  # given that a seed is found
+        spent = FRESH_ROUND * K * (1 + second_round)
+        for j, h in product(range(K), range(K)):
+            chance = (1 - nothing_found) * self.error[j] * named[j, h]
+            untrained = Term(chance, np.zeros(K), np.zeros((K, K)), 0.0, spent)
+            for suffixes in self.suffix_group(j, h, N):
+                yield untrained.followed_by(suffixes)
+
+    def suffix_group(self, j, h, size) -> Iterator[Term]:
+        """Cases of `size` suffixes from thought h of a seed whose first error is j.
+
+        After the error all of them fail, and their advantages are zero.
+        """
+        if h <= j:
+            yield from self.group(h, size)
+        else:
+            yield Term(1.0, np.zeros(K), np.zeros((K, K)), 0.0, size * (K - h))
 
 
-def measure(terms):
-    """mean [K], cov [K, K], off-chain noise, thoughts of a mixture of terms, and two signal-to-noise ratios. g is the unit gradient of the true
-    pass rate (the diagonal); the signal is (mean . g)^2, as the mean gradient of a reset method is not the gradient of the pass rate.
-      snr    noise = trace of the covariance, off-chain noise too: what limits plain gradient steps. Twice the SNR is worth twice the prompts
-      along  noise = variance along g only: how surely one gradient points uphill"""
-    w, means, covs, offs, costs = (
-        np.array(part)
-        for part in zip(*((w, m, c + np.zeros((K, K)), o, t) for w, m, c, o, t in terms))
-    )
+@dataclass
+class Signal:
+    """Moments of the gradient of one prompt, and its signal-to-noise ratios.
+
+    g is the unit gradient of the true pass rate: the diagonal. The signal is (mean . g)^2, since
+    the mean gradient of a reset method is not the gradient of the pass rate. Twice the SNR is worth
+    twice the prompts.
+    """
+
+    total: float  # summed probability of the cases: 1
+    mean: np.ndarray  # [K]
+    cov: np.ndarray  # [K, K]
+    off: float  # noise after the first error
+    thoughts: float  # generated thoughts
+    snr: float  # noise: in all directions, and off. It limits plain gradient steps
+    along: float  # noise: along g only. It says how surely one gradient points uphill
+
+
+def measure(terms: Iterable[Term]) -> Signal:
+    """Moments and signal-to-noise ratios of a mixture of cases."""
+    terms = list(terms)
+    w = np.array([term.probability for term in terms])
+    means = np.array([term.mean for term in terms])
+    covs = np.array([term.cov for term in terms])
+    off = w @ np.array([term.off for term in terms])
+    thoughts = w @ np.array([term.thoughts for term in terms])
     mean = w @ means
-    cov, off, g = (
-        np.einsum("t,tij->ij", w, covs) + (means * w[:, None]).T @ means - np.outer(mean, mean),
-        w @ offs,
-        np.full(K, K**-0.5),
-    )
+    within = np.einsum("t,tij->ij", w, covs)
+    between = (means * w[:, None]).T @ means - np.outer(mean, mean)
+    cov = within + between
+    g = np.full(K, K**-0.5)
     signal = (mean @ g) ** 2
-    return dict(
-        total=w.sum(),
-        mean=mean,
-        cov=cov,
-        off=off,
-        thoughts=w @ costs,
-        snr=signal / (np.trace(cov) + off),
-        along=signal / (g @ cov @ g),
-    )
+    snr = signal / (np.trace(cov) + off)
+    return Signal(w.sum(), mean, cov, off, thoughts, snr, signal / (g @ cov @ g))
 
 
-def relative(P, q, split, length="trained"):
-    """(snr, along) of a reset method relative to GRPO."""
-    reset, grpo = measure(Chain(P, length).resets(q, *split)), measure(Chain(P).group(0, N))
-    return reset["snr"] / grpo["snr"], reset["along"] / grpo["along"]
+def relative(pass_rate, q, split, length="trained"):
+    """(snr, along) of a reset method divided by those of GRPO."""
+    reset = measure(Chain(pass_rate, length).resets(q, split))
+    grpo = measure(Chain(pass_rate).group(0, N))
+    return reset.snr / grpo.snr, reset.along / grpo.along
+
+
+@dataclass
+class PromptGradients:
+    """Results of lesson 2."""
+
+    snr: dict[str, np.ndarray]  # split -> [ACCURACIES, STARTS], relative to GRPO
+    even_snr: dict[str, float]  # split -> highest pass rate where exact resets have the higher snr
+    even_along: dict[str, float]  # the same for `along`
+
+    def at_example(self, split, q):
+        """snr relative to GRPO at EXAMPLE_START."""
+        return self.snr[split][ACCURACIES.index(q), STARTS.index(EXAMPLE_START)]
 
 
 def lesson2():
-    """Prints SNRs relative to GRPO, and where resets with an exact localizer break even. -> ({(split, q, P): snr}, {(split, what): P})"""
-    print(f"\n## 2. The gradient of one prompt, exactly: {K} thoughts, {N} trained rollouts\n\nSNR relative to GRPO at the same number of prompts: noise in all directions / noise along the "
-          f"true gradient only\n\n| split | q | {' | '.join(f'P = {P}' for P in STARTS)} | thoughts, P = 0.04 |\n|{'---|' * (3 + len(STARTS))}")  # fmt: skip
+    """Prints SNRs relative to GRPO, and up to which pass rate exact resets have the higher SNR."""
+    print(
+        f"\n## 2. The gradient of one prompt, exactly: {K} thoughts, {N} trained rollouts\n\n"
+        "SNR relative to GRPO at the same number of prompts: noise in all directions / noise along "
+        "the true gradient only\n"
+    )
+    starts = [f"P = {P}" for P in STARTS]
+    print_head(["split", "q", *starts, f"thoughts, P = {EXAMPLE_START}"])
     grpo = [measure(Chain(P).group(0, N)) for P in STARTS]
-    show = lambda row, by: " | ".join(
-        f"{m['snr'] / g['snr']:.2f} / {m['along'] / g['along']:.2f}" for m, g in zip(row, by)
-    )  # noqa: E731
+    cells = [f"{signal.snr:.2g} / {signal.along:.2g}" for signal in grpo]
+    print_row(["GRPO itself", "", *cells, str(K * N)])
+    results = PromptGradients({}, {}, {})
+    for name, split in SPLITS.items():
+        rows = [accuracy_row(name, split, q, grpo) for q in ACCURACIES]
+        results.snr[name] = np.array(rows)
+    for name, split in SPLITS.items():
+        break_even_row(name, split, "trained", results)
+        break_even_row(f"{name} --length response", split, "response", results)
+    texts = []
+    for name, snr in results.even_snr.items():
+        texts.append(f"{snr:.2g} / {results.even_along[name]:.2g} ({name})")
     print(
-        "| GRPO itself | | "
-        + " | ".join(f"{m['snr']:.2g} / {m['along']:.2g}" for m in grpo)
-        + f" | {K * N} |"
+        "\nResets at the exact first error have the higher SNR up to about P = " + "; ".join(texts)
     )
-    found = {}
-    for (name, split), q in product(SPLITS.items(), ACCURACIES):
-        row = [measure(Chain(P).resets(q, *split)) for P in STARTS]
-        found |= {(name, q, P): m["snr"] / g["snr"] for P, m, g in zip(STARTS, row, grpo)}
-        print(
-            f"| {name}{' (RRPO)' * (q == 0)} | {q} | {show(row, grpo)} | {row[1]['thoughts'] / (K * N):.2f} |"
-        )
-    even, grid = {}, np.geomspace(1e-4, 0.7, 19)
-    for (name, split), length in product(SPLITS.items(), ("trained", "response")):
-        named = name + " --length response" * (length == "response")
-        better = np.array([relative(P, 1.0, split, length) for P in grid]) > 1
-        even |= {(named, what): grid[better[:, i]].max() for i, what in enumerate(("snr", "along"))}
-        if length == "response":  # a token weighs 1 / K, however short its suffix
-            row = [relative(P, 1.0, split, length) for P in STARTS]
-            print(
-                f"| {named} | 1.0 | {' | '.join(f'{snr:.2f} / {along:.2f}' for snr, along in row)} | |"
-            )
-    print(
-        "\nResets at the exact first error have the higher SNR up to about P = "
-        + "; ".join(
-            f"{snr:.2g} / {even[name, 'along']:.2g} ({name})"
-            for (name, what), snr in even.items()
-            if what == "snr"
-        )
-    )
-    return found, even
+    return results
 
 
-# ------------------------------------------------------------------------------------------------------ lesson 3: training
+def accuracy_row(name, split, q, grpo):
+    """Prints the row of one localizer accuracy; returns its snr relative to GRPO [STARTS]."""
+    cells = []
+    row = []
+    thoughts = 0.0
+    for P, base in zip(STARTS, grpo):
+        signal = measure(Chain(P).resets(q, split))
+        row.append(signal.snr / base.snr)
+        cells.append(f"{row[-1]:.2f} / {signal.along / base.along:.2f}")
+        if P == EXAMPLE_START:
+            thoughts = signal.thoughts / (K * N)
+    label = f"{name} (RRPO)" if q == 0 else name
+    print_row([label, str(q), *cells, f"{thoughts:.2f}"])
+    return row
 
-STATES, OPS, LENGTH = (
-    30,
-    20,
-    12,
-)  # values of a state, random bijections of it, thoughts of a chain (60 bijections: much the same map, 5 times slower)
-FACTS, PROMPTS, EVERY, TARGET = (
-    OPS * STATES,
-    32,
-    2,
-    0.5,
-)  # prompts of a training step; an evaluation every so many steps
+
+def break_even_row(name, split, length, results):
+    """Finds where exact resets break even with GRPO, on a grid of pass rates.
+
+    Prints a row for length="response": there a token weighs A / (K N), however short its suffix.
+    """
+    grid = np.geomspace(1e-4, 0.7, 19)
+    better = np.array([relative(P, 1.0, split, length) for P in grid]) > 1  # [grid, 2]
+    results.even_snr[name] = grid[better[:, 0]].max()
+    results.even_along[name] = grid[better[:, 1]].max()
+    if length == "response":
+        cells = []
+        for P in STARTS:
+            snr, along = relative(P, 1.0, split, length)
+            cells.append(f"{snr:.2f} / {along:.2f}")
+        print_row([name, "1.0", *cells, ""])
+
+
+# ------------------------------------------------------------------------- lesson 3: training
+#
+# A problem is a first state and LENGTH operations; each operation is a random bijection of the
+# states. One thought applies one operation: it looks up the fact (operation, state) and writes the
+# next state. The policy has a softmax over next states for every fact. The reward is 1 where the
+# last state is right. B policies (learning rates x runs) train side by side, each on P = PROMPTS
+# problems a step, with n rollouts of each problem.
+
+STATES = 30  # values of a state
+OPS = 20  # operations. 60 give much the same map, five times slower
+LENGTH = 12  # thoughts of a chain
+FACTS = OPS * STATES  # rows of a policy's table
+PROMPTS = 32  # problems of a training step
+EVERY = 2  # steps between evaluations
+TARGET = 0.5  # the pass rate to reach
 REGIMES = [
     (0.45, 0.90),
     (0.5, 0.95),
     (0.6, 0.97),
     (0.7, 0.99),
-]  # a fact starts right with a probability drawn between these
-GRIDS = {
+]  # range of a fact's first probability
+GRIDS = {  # learning rates, the same for all methods
     "AdamW": (0.05, 0.08, 0.13, 0.2),
     "plain gradient": (600.0, 1000.0, 1700.0, 3000.0),
-}  # learning rates, the same for all methods
-QS = (0.0, 0.4, 0.6, 0.8, 1.0)  # accuracy of the localizer; 0: RRPO
+}
+QS = (0.0, 0.4, 0.6, 0.8, 1.0)  # accuracy of the localizer; 0 is RRPO
+CHOICES = ("first", "deepest")  # of the seed among the failures
+GOOD_Q = 0.8  # the accuracy of QS that the text calls a good localizer
 
 
-def start_policies(lo, hi, seeds):
-    """truth [R, FACTS] (the right next state), logits [R, FACTS, STATES]: 90% of what is not right goes to one fixed misconception."""
-    truths, logits = [], []
-    for seed in seeds:
-        rng = torch.Generator().manual_seed(seed)
-        truth = torch.stack([torch.randperm(STATES, generator=rng) for _ in range(OPS)]).flatten()
-        p = lo + (hi - lo) * torch.rand(FACTS, generator=rng)
-        wrong = (truth + torch.randint(1, STATES, (FACTS,), generator=rng)) % STATES
-        probs = (0.1 * (1 - p) / (STATES - 2))[:, None].repeat(1, STATES)
-        probs.scatter_(1, truth[:, None], p[:, None]).scatter_(
-            1, wrong[:, None], 0.9 * (1 - p)[:, None]
-        )
-        truths, logits = truths + [truth], logits + [probs.log()]
+@dataclass(frozen=True)
+class Method:
+    """A method of this lesson. The default is GRPO."""
+
+    base: int = N  # rollouts from the prompt; the rest of N are suffixes
+    q: float = 0.0  # accuracy of the localizer
+    choice: str = "first"  # of the seed, see CHOICES
+
+
+@dataclass
+class Problems:
+    """B x P problems and their answers."""
+
+    ops: torch.Tensor  # [B, P, LENGTH]
+    first: torch.Tensor  # [B, P] first state
+    answer: torch.Tensor  # [B, P] right last state
+
+
+@dataclass
+class Rollouts:
+    """n rollouts of each problem, each field [B, P, n, LENGTH]."""
+
+    facts: torch.Tensor  # rows of the policies' tables that were looked up
+    states: torch.Tensor  # states that were written
+    weights: torch.Tensor | None = None  # of each thought in the loss
+
+
+@dataclass
+class Resets:
+    """The reset states of a step."""
+
+    failed: torch.Tensor  # [B, P] whether the base group has a failure
+    h: torch.Tensor  # [B, P] thoughts that are kept: the reset index h* from 0; 0 without a failure
+    prefix: torch.Tensor  # [B, P, LENGTH] states of the seed
+
+
+def generator(rng_key):
+    return torch.Generator().manual_seed(rng_key)
+
+
+def start_policies(low, high, run_seeds):
+    """(truth [R, FACTS], the right next states; logits [R, FACTS, STATES]) of R runs.
+
+    A fact is right with a probability between low and high. 90% of the rest is one misconception.
+    """
+    truths = []
+    logits = []
+    for run_seed in run_seeds:
+        rng = generator(run_seed)
+        bijections = [torch.randperm(STATES, generator=rng) for _ in range(OPS)]
+        truth = torch.stack(bijections).flatten()
+        right = low + (high - low) * torch.rand(FACTS, generator=rng)
+        misconception = (truth + torch.randint(1, STATES, (FACTS,), generator=rng)) % STATES
+        other = 0.1 * (1 - right) / (STATES - 2)
+        probs = other[:, None].repeat(1, STATES)
+        probs.scatter_(1, truth[:, None], right[:, None])
+        probs.scatter_(1, misconception[:, None], 0.9 * (1 - right)[:, None])
+        truths.append(truth)
+        logits.append(probs.log())
     return torch.stack(truths), torch.stack(logits)
 
 
-def facts(ops, before):
-    """Rows of the B tables of FACTS that are used: operations and the states before them, both [B, ...]."""
-    return (torch.arange(len(ops)).view(-1, *[1] * (ops.dim() - 1)) * OPS + ops) * STATES + before
+def facts_of(ops, before):
+    """Rows of the B tables, laid end to end, for operations and the states before them [B, ...]."""
+    policy = torch.arange(len(ops)).view(-1, *[1] * (ops.dim() - 1))
+    return (policy * OPS + ops) * STATES + before
 
 
-def sample(cdf, ops, first, n, rng, h=None, prefix=None):
-    """n chains for each problem: states and facts used, both [B, P, n, LENGTH]. ops [B, P, LENGTH], first state [B, P], cdf [B FACTS, STATES].
-    With h [B, P] and prefix [B, P, LENGTH] the first h thoughts are the prefix's."""
-    state, states, used = first[..., None].expand(*first.shape, n), [], []
+def draw_problems(truth, rng):
+    """New problems for B policies. truth [B, FACTS]."""
+    ops = torch.randint(OPS, (len(truth), PROMPTS, LENGTH), generator=rng)
+    first = torch.randint(STATES, (len(truth), PROMPTS), generator=rng)
+    return Problems(ops, first, answers(truth, ops, first))
+
+
+def answers(truth, ops, first):
+    """The right last states [B, P] after operations [B, P, LENGTH] on first states [B, P]."""
+    state = first
     for k in range(LENGTH):
-        used.append(facts(ops[:, :, k, None].expand_as(state), state))
+        state = truth.flatten()[facts_of(ops[:, :, k], state)]
+    return state
+
+
+def sample(cdf, problems, n, rng, resets=None):
+    """n rollouts of each problem, or n suffixes from its reset state.
+
+    cdf [B FACTS, STATES]: cumulated probabilities of the B policies, laid end to end.
+    """
+    state = problems.first[..., None].expand(*problems.first.shape, n)
+    states = []
+    used = []
+    for k in range(LENGTH):
+        facts = facts_of(problems.ops[:, :, k, None].expand_as(state), state)
         u = torch.rand(state.numel(), 1, generator=rng)
-        state = (
-            (u > cdf.index_select(0, used[-1].flatten()))
-            .sum(-1)
-            .clamp(max=STATES - 1)
-            .view_as(state)
-        )  # the last cdf can fall short of 1
-        if h is not None:
-            state = torch.where((k < h)[..., None], prefix[:, :, k, None], state)
+        state = (u > cdf.index_select(0, facts.flatten())).sum(-1)
+        state = state.clamp(max=STATES - 1)  # rounded, the last cdf can fall short of 1
+        state = state.view_as(facts)
+        if resets is not None:
+            kept = (k < resets.h)[..., None]
+            state = torch.where(kept, resets.prefix[:, :, k, None], state)
         states.append(state)
-    return torch.stack(states, -1), torch.stack(used, -1)
+        used.append(facts)
+    return Rollouts(torch.stack(used, -1), torch.stack(states, -1))
+
+
+def rewards_of(rollouts, problems):
+    """Rewards [B, P, n]: 1 where the last state is right."""
+    return (rollouts.states[..., -1] == problems.answer[..., None]).float()
 
 
 def group_advantages(r):
-    """loss.set_advantages for rewards r [..., G]."""
+    """loss.set_advantages for groups of rewards [..., G]."""
     std = r.std(-1, correction=0, keepdim=True)
-    return torch.where(std > 1e-8, (r - r.mean(-1, keepdim=True)) / std.clamp(min=1e-8), 0.0)
+    advantage = (r - r.mean(-1, keepdim=True)) / std.clamp(min=1e-8)
+    return torch.where(std > 1e-8, advantage, 0.0)
 
 
 def weights(A, h):
-    """loss.token_weights for advantages A [B, P, n] of groups that start at thought h [B, P] (from 0): [B, P, n, LENGTH], 0 on the prefix."""
-    return (A / ((LENGTH - h)[..., None] * N * PROMPTS))[..., None] * (
-        torch.arange(LENGTH) >= h[..., None, None]
-    )
+    """loss.token_weights [B, P, n, LENGTH] for advantages A [B, P, n], 0 on the prefix.
+
+    h [B, P]: thoughts of the prefix.
+    """
+    trained = torch.arange(LENGTH) >= h[..., None, None]
+    per_thought = A / ((LENGTH - h)[..., None] * N * PROMPTS)
+    return per_thought[..., None] * trained
 
 
-def one_step(probs, truth, q, base, choice, problems, rng):
-    """Samples a step: [(facts, states, weights)], each [B, P, n, LENGTH], and the thoughts generated [B]. base = N is GRPO."""
-    B, cdf, truth = len(truth), probs.cumsum(-1).view(-1, STATES), truth.flatten()
-    ops, first = (
-        torch.randint(high, (B, PROMPTS, *more), generator=problems)
-        for high, more in ((OPS, (LENGTH,)), (STATES, ()))
-    )
-    answer = first
-    for k in range(LENGTH):
-        answer = truth[facts(ops[:, :, k], answer)]
-    states, used = sample(cdf, ops, first, base, rng)
-    reward, start = (
-        (states[..., -1] == answer[..., None]).float(),
-        torch.zeros(B, PROMPTS, dtype=torch.long),
-    )
-    spent = torch.full((B,), float(PROMPTS * base * LENGTH))
-    if base == N:
-        return [(used, states, weights(group_advantages(reward), start))], spent
-    error = (truth[used] != states).float().argmax(-1)  # [B, P, n] first wrong thought of a failure
-    exact = torch.rand(error.shape, generator=rng) < q
-    named = torch.where(exact, error, torch.randint(LENGTH, error.shape, generator=rng))
-    order = (named if choice == "deepest" else 0) * base - torch.arange(
-        base
-    )  # ties: the earlier rollout
-    seed = torch.where(reward == 0, order, -base).argmax(-1, keepdim=True)  # [B, P, 1]
+def one_step(probs, truth, method, problem_rng, rng):
+    """Samples one step of B policies: ([base group, suffix group], generated thoughts [B]).
+
+    probs [B, FACTS, STATES], truth [B, FACTS]. GRPO has no suffix group.
+    """
+    cdf = probs.cumsum(-1).view(-1, STATES)
+    problems = draw_problems(truth, problem_rng)
+    base = sample(cdf, problems, method.base, rng)
+    r_base = rewards_of(base, problems)
+    A_base = group_advantages(r_base)
+    no_prefix = torch.zeros(len(truth), PROMPTS, dtype=torch.long)
+    spent = torch.full((len(truth),), float(PROMPTS * method.base * LENGTH))
+    if method.base == N:
+        base.weights = weights(A_base, no_prefix)
+        return [base], spent
+
+    resets = choose_resets(base, r_base, truth, method, rng)
+    n_suffixes = N - method.base
+    suffixes = sample(cdf, problems, n_suffixes, rng, resets)
+    r_suffixes = rewards_of(suffixes, problems)
+    A_suffixes = group_advantages(r_suffixes)
+    # Where nothing failed, h is 0 and all N rollouts are one group.
+    A_all = group_advantages(torch.cat([r_base, r_suffixes], -1))
+    failed = resets.failed[..., None]
+    A_base = torch.where(failed, A_base, A_all[..., : method.base])
+    A_suffixes = torch.where(failed, A_suffixes, A_all[..., method.base :])
+    base.weights = weights(A_base, no_prefix)
+    suffixes.weights = weights(A_suffixes, resets.h)
+    spent = spent + n_suffixes * (LENGTH - resets.h).sum(1)
+    return [base, suffixes], spent
+
+
+def choose_resets(base, reward, truth, method, rng):
+    """Chooses a seed among the failures of each base group, and its reset state."""
+    error = (truth.flatten()[base.facts] != base.states).float().argmax(-1)  # [B, P, n] the first
+    exact = torch.rand(error.shape, generator=rng) < method.q
+    anywhere = torch.randint(LENGTH, error.shape, generator=rng)
+    named = torch.where(exact, error, anywhere)
+    priority = -torch.arange(method.base).expand_as(named)  # the earlier rollout first
+    if method.choice == "deepest":
+        priority = priority + named * method.base
+    never = -method.base
+    seed = torch.where(reward == 0, priority, never).argmax(-1, keepdim=True)  # [B, P, 1]
     failed = (reward == 0).any(-1)
     h = torch.where(failed, named.gather(-1, seed)[..., 0], 0)
-    prefix = states.gather(2, seed[..., None].expand(-1, -1, 1, LENGTH))[:, :, 0]
-    suffixes, used_s = sample(cdf, ops, first, N - base, rng, h, prefix)
-    reward_s = (suffixes[..., -1] == answer[..., None]).float()
-    one = group_advantages(torch.cat([reward, reward_s], -1)).split(
-        base, -1
-    )  # nobody failed: h = 0, and all N are one group
-    A, A_s = (
-        torch.where(failed[..., None], group_advantages(r), o)
-        for r, o in zip((reward, reward_s), (one[0], torch.cat(one[1:], -1)))
-    )
-    return [(used, states, weights(A, start)), (used_s, suffixes, weights(A_s, h))], spent + (
-        N - base
-    ) * (LENGTH - h).sum(1)
+    of_seed = seed[..., None].expand(-1, -1, 1, LENGTH)
+    return Resets(failed, h, base.states.gather(2, of_seed)[:, :, 0])
 
 
 def ascent(probs, buffer):
-    """Gradient [B, FACTS, STATES] of sum(weight x log-prob) with respect to the logits: weight x (onehot - probs), added up."""
-    G, total = torch.zeros(probs.numel()), torch.zeros(len(probs) * FACTS)
-    for used, states, weight in buffer:
-        G.index_add_(0, (used * STATES + states).flatten(), weight.flatten())
-        total.index_add_(0, used.flatten(), weight.flatten())
-    return G.view_as(probs) - total.view(-1, FACTS, 1) * probs
+    """Gradient [B, FACTS, STATES] of sum(weight * log-prob) with respect to the logits.
+
+    One thought adds weight * (onehot - probs) to the row of its fact.
+    """
+    onehots = torch.zeros(probs.numel())
+    totals = torch.zeros(len(probs) * FACTS)
+    for rollouts in buffer:
+        chosen = rollouts.facts * STATES + rollouts.states
+        onehots.index_add_(0, chosen.flatten(), rollouts.weights.flatten())
+        totals.index_add_(0, rollouts.facts.flatten(), rollouts.weights.flatten())
+    return onehots.view_as(probs) - totals.view(-1, FACTS, 1) * probs
 
 
 def pass_rate(probs, truth, ops):
-    """Exact pass rate [B] over held-out sequences ops [B, E, LENGTH] from all first states: products of transition matrices."""
-    T, right, b = (
-        probs.view(-1, OPS, STATES, STATES),
-        truth.view(-1, OPS, STATES),
-        torch.arange(len(ops))[:, None],
-    )
-    M, answer = (
-        torch.eye(STATES).repeat(ops.shape[0] * ops.shape[1], 1, 1),
-        torch.arange(STATES).expand(*ops.shape[:2], -1),
-    )
+    """Exact pass rate [B] on operations [B, E, LENGTH], from all first states.
+
+    Multiplies transition matrices.
+    """
+    B, E = ops.shape[:2]
+    transitions = probs.view(B, OPS, STATES, STATES)
+    right = truth.view(B, OPS, STATES)
+    policy = torch.arange(B)[:, None]
+    reached = torch.eye(STATES).repeat(B * E, 1, 1)  # [B E, first state, state]
+    answer = torch.arange(STATES).expand(B, E, -1)  # [B, E, first state]
     for k in range(LENGTH):
-        M, answer = (
-            torch.bmm(M, T[b, ops[:, :, k]].flatten(0, 1)),
-            right[b, ops[:, :, k]].gather(2, answer),
-        )
-    return M.view(*ops.shape[:2], STATES, STATES).gather(3, answer[..., None]).mean((1, 2, 3))
+        reached = torch.bmm(reached, transitions[policy, ops[:, :, k]].flatten(0, 1))
+        answer = right[policy, ops[:, :, k]].gather(2, answer)
+    reached = reached.view(B, E, STATES, STATES)
+    return reached.gather(3, answer[..., None]).mean((1, 2, 3))
 
 
-def train(regime, optimizer, lrs, seeds, steps, base=N, q=0.0, choice="first"):
-    """Trains lrs x seeds policies side by side until all seeds of one learning rate are at TARGET. -> steps, thoughts until there (of the others:
-    all they made), reached, all [L, R]; pass rates [evaluations, L, R]."""
-    L, R = len(lrs), len(seeds)
-    truth, theta = (x.repeat(L, *[1] * (x.dim() - 1)) for x in start_policies(*regime, seeds))
-    held_out = torch.cat(
-        [
-            torch.randint(OPS, (1, 12, LENGTH), generator=torch.Generator().manual_seed(10_000 + s))
-            for s in seeds
-        ]
-    ).repeat(L, 1, 1)
-    problems, rng = (
-        torch.Generator().manual_seed(20_000 + seeds[0]),
-        torch.Generator().manual_seed(30_000 + seeds[0]),
-    )
+class Ascender:
+    """Updates B policies, each with a learning rate of its own.
+
+    AdamW is by hand for that reason: torch's defaults, and the weight decay of srpo.py.
+    """
+
+    def __init__(self, optimizer, lr, theta):
+        """lr [B, 1, 1], theta [B, FACTS, STATES]."""
+        self.optimizer = optimizer
+        self.lr = lr
+        self.m = torch.zeros_like(theta)
+        self.v = torch.zeros_like(theta)
+        self.steps = 0
+
+    def step(self, theta, gradient):
+        """Changes theta in place."""
+        self.steps += 1
+        if self.optimizer == "AdamW":
+            self.m.lerp_(gradient, 0.1)
+            self.v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            m = self.m / (1 - 0.9**self.steps)
+            v = self.v / (1 - 0.999**self.steps)
+            gradient = m / (v.sqrt() + 1e-8) - 0.01 * theta
+        theta += self.lr * gradient
+
+
+@dataclass
+class Training:
+    """L learning rates x R runs. A policy that does not get to TARGET counts all that it made."""
+
+    steps: np.ndarray  # [L, R] until TARGET
+    thoughts: np.ndarray  # [L, R] generated until TARGET
+    reached: np.ndarray  # [L, R] whether it gets there
+    rates: np.ndarray  # [evaluations, L, R] pass rates
+
+
+def train(regime, optimizer, lrs, run_seeds, steps, method=Method()):
+    """Trains policies side by side until all runs of one learning rate are at TARGET."""
+    L = len(lrs)
+    R = len(run_seeds)
+    truth, theta = start_policies(*regime, run_seeds)
+    truth = truth.repeat(L, 1)
+    theta = theta.repeat(L, 1, 1)
+    held_out = held_out_problems(run_seeds).repeat(L, 1, 1)
+    problem_rng = generator(20_000 + run_seeds[0])
+    rng = generator(30_000 + run_seeds[0])
     lr = torch.tensor(lrs).repeat_interleave(R)[:, None, None]
-    m, v, spent, rates, thoughts = (
-        torch.zeros_like(theta),
-        torch.zeros_like(theta),
-        torch.zeros(L * R),
-        [],
-        [],
-    )
+    ascender = Ascender(optimizer, lr, theta)
+    spent = torch.zeros(L * R)
+    rates = []
+    thoughts = []
     for t in range(steps + 1):
         probs = theta.softmax(-1)
         if t % EVERY == 0:
-            rates, thoughts = rates + [pass_rate(probs, truth, held_out)], thoughts + [spent]
-            if (torch.stack(rates) >= TARGET).any(0).view(L, R).all(1).any():
+            rates.append(pass_rate(probs, truth, held_out))
+            thoughts.append(spent)
+            reached = (torch.stack(rates) >= TARGET).any(0)
+            if reached.view(L, R).all(1).any():
                 break
-        buffer, used = one_step(probs, truth, q, base, choice, problems, rng)
-        G, spent = ascent(probs, buffer), spent + used
-        if (
-            optimizer == "AdamW"
-        ):  # torch's defaults, weight decay of srpo.py; by hand, as each policy has a learning rate of its own
-            m.lerp_(G, 0.1)
-            v.mul_(0.999).addcmul_(G, G, value=0.001)
-            G = (m / (1 - 0.9 ** (t + 1))) / (
-                (v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8
-            ) - 0.01 * theta
-        theta += lr * G
-    rates, thoughts = torch.stack(rates), torch.stack(thoughts)
-    reached = (rates >= TARGET).any(0)
-    i = torch.where(reached, (rates >= TARGET).float().argmax(0), len(rates) - 1).clamp(min=1)[
-        None
-    ]  # a line from the evaluation before to this one
-    low, high = rates.gather(0, i - 1)[0], rates.gather(0, i)[0]
+        buffer, used = one_step(probs, truth, method, problem_rng, rng)
+        ascender.step(theta, ascent(probs, buffer))
+        spent = spent + used
+    return until_target(torch.stack(rates), torch.stack(thoughts), L)
+
+
+def held_out_problems(run_seeds):
+    """Operations [R, 12, LENGTH] for the evaluation of each run."""
+    each = []
+    for run_seed in run_seeds:
+        each.append(torch.randint(OPS, (1, 12, LENGTH), generator=generator(10_000 + run_seed)))
+    return torch.cat(each)
+
+
+def until_target(rates, thoughts, L):
+    """When L x R policies get to TARGET, on a line between two evaluations.
+
+    rates and thoughts are [evaluations, L R].
+    """
+    there = rates >= TARGET
+    reached = there.any(0)
+    now = torch.where(reached, there.float().argmax(0), len(rates) - 1)
+    now = now.clamp(min=1)[None]  # [1, L R] an evaluation
+    before = now - 1
+    low = rates.gather(0, before)[0]
+    high = rates.gather(0, now)[0]
     part = torch.where(reached, ((TARGET - low) / (high - low)).clamp(0, 1), 1.0)
-    made = thoughts.gather(0, i - 1)[0]
-    out = EVERY * (i[0] - 1 + part), made + part * (thoughts.gather(0, i)[0] - made), reached
-    return *(x.view(L, R).numpy() for x in out), rates.view(-1, L, R)
-
-
-def best(optimizer, regime, seeds, steps, **method):
-    """Of the grid's learning rates the one at which most seeds reach the target, then the fastest. Every method chooses on its own seeds."""
-    at, thoughts, reached, rates = train(
-        regime, optimizer, GRIDS[optimizer], seeds, steps, **method
-    )
-    i = min(
-        range(len(at)),
-        key=lambda i: ((~reached[i]).sum(), at[i].mean(), -rates[-1, i].mean().item()),
-    )
-    return dict(
-        steps=at[i],
-        thoughts=thoughts[i],
-        reached=reached[i].all(),
-        lr=GRIDS[optimizer][i],
-        start=rates[0, i].mean().item(),
+    steps = EVERY * (before[0] + part)
+    made_before = thoughts.gather(0, before)[0]
+    made = made_before + part * (thoughts.gather(0, now)[0] - made_before)
+    return Training(
+        steps.view(L, -1).numpy(),
+        made.view(L, -1).numpy(),
+        reached.view(L, -1).numpy(),
+        rates.view(len(rates), L, -1).numpy(),
     )
 
 
-def lesson3(seed, n_seeds, steps):
-    """Prints the map. -> {(optimizer, choice, q, regime): {steps, thoughts: (ratio, low, high), sign, start}}"""
-    rng, seeds, table = (
-        np.random.default_rng([seed, 3]),
-        [100 * seed + i for i in range(n_seeds)],
-        {},
+@dataclass
+class Best:
+    """A method at its best learning rate."""
+
+    steps: np.ndarray  # [R] until TARGET
+    thoughts: np.ndarray  # [R]
+    reached: bool  # by all runs
+    lr: float
+    start: float  # pass rate before training, mean over runs
+
+
+def best(optimizer, regime, run_seeds, steps, method=Method()):
+    """Trains with the grid of learning rates and takes the best one.
+
+    It is the one at which most runs get to TARGET, then the fastest. Every method chooses on its
+    own runs.
+    """
+    lrs = GRIDS[optimizer]
+    found = train(regime, optimizer, lrs, run_seeds, steps, method)
+
+    def badness(i):
+        missing = (~found.reached[i]).sum()
+        return missing, found.steps[i].mean(), -found.rates[-1, i].mean()
+
+    i = min(range(len(lrs)), key=badness)
+    reached = found.reached[i].all()
+    start = found.rates[0, i].mean()
+    return Best(found.steps[i], found.thoughts[i], reached, lrs[i], start)
+
+
+@dataclass
+class Ratio:
+    """A ratio to GRPO with its 95% bootstrap interval over runs."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Cell:
+    """A cell of the map: a reset method relative to GRPO."""
+
+    ratios: dict[str, Ratio]  # of "steps" and "thoughts"
+    sign: str  # ">": not all of its runs get to TARGET, "<": not all of GRPO's, "?": neither
+
+
+@dataclass
+class Start:
+    """The part of the map with one optimizer and one regime."""
+
+    rate: float  # pass rate before training
+    rows: dict[str, dict[float, Cell]]  # choice of the seed -> q -> cell
+
+
+def compare(found, grpo, rng):
+    """The cell of a method's best learning rate beside GRPO's. rng picks the bootstrap runs."""
+    runs = len(found.steps)
+    picks = rng.integers(0, runs, (2000, runs))
+    ratios = {
+        "steps": ratio_of_means(found.steps, grpo.steps, picks),
+        "thoughts": ratio_of_means(found.thoughts, grpo.thoughts, picks),
+    }
+    if found.reached:
+        sign = "" if grpo.reached else "<"
+    else:
+        sign = ">" if grpo.reached else "?"
+    return Cell(ratios, sign)
+
+
+def ratio_of_means(ours, theirs, picks):
+    """Ratio of two means over runs [R], with its interval from bootstrap picks [B, R]."""
+    low, high = interval(ours[picks].mean(1) / theirs[picks].mean(1))
+    return Ratio(ours.mean() / theirs.mean(), low, high)
+
+
+def lesson3(run_seed, runs, steps):
+    """Prints the map, and returns it: {(optimizer, regime): Start}."""
+    rng = np.random.default_rng([run_seed, 3])
+    run_seeds = [100 * run_seed + i for i in range(runs)]
+    print(
+        f"\n## 3. Training: {LENGTH} thoughts, {FACTS} facts, {PROMPTS} prompts x {N} rollouts, "
+        f"{runs} runs, at most {steps} steps, best of 4 learning rates each\n\n"
+        f"Steps / thoughts until the pass rate is {TARGET}, relative to GRPO from the same starts "
+        "(below 1: resets are better), with 95% bootstrap intervals over runs. The ratio is a "
+        "bound where not all runs of the method (>) or of GRPO (<) get there; ?: neither. The "
+        "localizer's thoughts are not counted: `first` asks it once for each prompt with a "
+        "failure, `deepest` once for each failure. A wrong chain is right by luck once in "
+        f"{STATES}, also at the start.\n"
     )
-    print(f"\n## 3. Training: {LENGTH} thoughts, {FACTS} facts, {PROMPTS} prompts x {N} rollouts, {n_seeds} seeds, at most {steps} steps, best of 4 learning rates each\n\nSteps / thoughts "
-          f"until the pass rate is {TARGET}, relative to GRPO from the same starts (below 1: resets are better), with 95% bootstrap intervals over seeds. > (<): not all seeds of "
-          "the method (of GRPO) get there, this is a bound; ?: neither. Thoughts of the localizer are not counted: `first` asks once for each prompt with a failure, `deepest` once for each "
-          f"failure. A wrong chain is right by luck once in {STATES}, also at the start.\n")  # fmt: skip
+    table = {}
     for optimizer, regime in product(GRIDS, REGIMES):
-        grpo = best(optimizer, regime, seeds, steps)
-        print(f"**{optimizer}, start {grpo['start']:.3f}**, facts U{regime}. GRPO: {'' if grpo['reached'] else '>'}{grpo['steps'].mean():.0f} steps, {grpo['thoughts'].mean() / 1e3:.0f} thousand "
-              f"thoughts, lr {grpo['lr']:g}\n\n| 1x4, seed | q = {' | q = '.join(map(str, QS))} |\n|{'---|' * (1 + len(QS))}")  # fmt: skip
-        for choice in ("first", "deepest"):
-            cells = []
-            for q in QS if choice == "first" else QS[1:]:
-                found = best(optimizer, regime, seeds, steps, base=N // 2, q=q, choice=choice)
-                sign = {(True, True): "", (False, True): ">", (True, False): "<"}.get(
-                    (found["reached"], grpo["reached"]), "?"
-                )
-                picks = rng.integers(0, n_seeds, (2000, n_seeds))
-                cell = {
-                    what: (
-                        found[what].mean() / grpo[what].mean(),
-                        *interval(found[what][picks].mean(1) / grpo[what][picks].mean(1)),
-                    )
-                    for what in ("steps", "thoughts")
-                }
-                table[optimizer, choice, q, regime] = cell | dict(sign=sign, start=grpo["start"])
-                cells.append(
-                    " / ".join(
-                        f"{sign}{r:.2f} ({low:.2f}-{high:.2f})" for r, low, high in cell.values()
-                    )
-                    + f", lr {found['lr']:g}"
-                )
-            print(f"| {choice} | {' | '.join([''] * (len(QS) - len(cells)) + cells)} |", flush=True)
+        grpo = best(optimizer, regime, run_seeds, steps)
+        sign = "" if grpo.reached else ">"
+        print(
+            f"**{optimizer}, start {grpo.start:.3f}**, facts U{regime}. GRPO: "
+            f"{sign}{grpo.steps.mean():.0f} steps, {grpo.thoughts.mean() / 1e3:.0f} thousand "
+            f"thoughts, lr {grpo.lr:g}\n"
+        )
+        print_head(["1x4, seed", *[f"q = {q}" for q in QS]])
+        start = Start(grpo.start, {})
+        for choice in CHOICES:
+            start.rows[choice] = {}
+            texts = []
+            for q in accuracies_of(choice):
+                found = best(optimizer, regime, run_seeds, steps, Method(N // 2, q, choice))
+                cell = compare(found, grpo, rng)
+                start.rows[choice][q] = cell
+                texts.append(f"{cell_text(cell)}, lr {found.lr:g}")
+            missing = [""] * (len(QS) - len(texts))
+            print_row([choice, *missing, *texts])
+        table[optimizer, regime] = start
         print()
     return table
 
 
-def break_even(table, optimizer, choice, regime, what):
-    """Accuracy of the localizer from which on resets are not slower than GRPO (linear between the q of the map); None: at no q."""
-    qs = [q for q in QS if (optimizer, choice, q, regime) in table]
-    r = [
-        cell[what][0] if cell["sign"] in ("", "<") else 2.0
-        for cell in (table[optimizer, choice, q, regime] for q in qs)
-    ]  # not there: count as twice
+def accuracies_of(choice):
+    """The q of a row of the map. "deepest" needs a localizer, so it has no q = 0."""
+    return QS if choice == "first" else QS[1:]
+
+
+def cell_text(cell):
+    """Steps / thoughts of a cell with their intervals."""
+    texts = []
+    for r in cell.ratios.values():
+        texts.append(f"{cell.sign}{r.value:.2f} ({r.low:.2f}-{r.high:.2f})")
+    return " / ".join(texts)
+
+
+def break_even(cells, what):
+    """Localizer accuracy from which resets are not slower than GRPO; None: at no accuracy.
+
+    cells: q -> cell, a row of the map. what: "steps" or "thoughts". Linear between two q. A cell
+    that does not get to TARGET counts as twice GRPO's.
+    """
+    qs = list(cells)
+    r = []
+    for cell in cells.values():
+        there = cell.sign in ("", "<")
+        r.append(cell.ratios[what].value if there else 2.0)
     if r[-1] > 1:
         return None
-    k = max([k for k in range(len(r)) if r[k] > 1], default=-1)
-    return qs[0] if k < 0 else qs[k] + (qs[k + 1] - qs[k]) * (r[k] - 1) / (r[k] - r[k + 1])
+    slower = [k for k in range(len(r)) if r[k] > 1]
+    if not slower:
+        return qs[0]
+    k = slower[-1]
+    return qs[k] + (qs[k + 1] - qs[k]) * (r[k] - 1) / (r[k] - r[k + 1])
 
 
-# --------------------------------------------------------------------------------------------------- guidance and figure
+def break_even_text(cells, what):
+    q = break_even(cells, what)
+    if q is None:
+        return "never"
+    lowest = next(iter(cells))
+    return f"<= {q:.1f}" if q == lowest else f"{q:.2f}"
+
+
+# ------------------------------------------------------------------------ guidance and figure
 
 
 def guidance(one, two, three):
-    """What the numbers of this run say to someone with a model, a line for each lesson."""
+    """Prints what this run says to someone with a model. A lesson that did not run is None."""
     print("\n## When are resets worth it for my model?\n")
-    if one:
-        exponents = [slope(sampled) for _, sampled, _ in one.values()]
-        print(f"- With an oracle, rare mistakes are the case for resets: measured exponents of p {exponents[0]:.2f} (improvement) and {exponents[1]:.2f} (samples). But the theory "
-              "compares with random resets, not with GRPO, and asking the oracle is free in it.")  # fmt: skip
-    if two:
-        found, even = two
-        print(f"- Gradient of one prompt, exact localizer, 1x4: better than GRPO below a pass rate of {even['1x4', 'snr']:.2g} if noise in all directions counts, below {even['1x4', 'along']:.2g} if "
-              f"only noise along the true gradient does; with the deepest seed below {even['1x4 deepest', 'snr']:.2g} and {even['1x4 deepest', 'along']:.2g}. A random reset at P = 0.04 has "
-              f"{found['1x4', 0.0, 0.04]:.2f} of GRPO's SNR, an exact one {found['1x4', 1.0, 0.04]:.2f}. Above P = 0.15 take GRPO.")  # fmt: skip
-    for optimizer in GRIDS if three else ():
+    if one is not None:
+        better = slope(one.improvement.sampled)
+        fewer = slope(one.samples.sampled)
         print(
-            f"- {optimizer}: localizer accuracy from which on resets break even, by steps / by generated thoughts:\n\n  | start | {'first | deepest'} |\n  |---|---|---|"
+            "- With an oracle, rare mistakes are the case for resets: measured exponents of p "
+            f"{better:.2f} (improvement) and {fewer:.2f} (samples). But the theory compares with "
+            "random resets, not with GRPO, and its oracle is free."
         )
+    if two is not None:
+        print(
+            "- Gradient of one prompt, exact localizer, 1x4: better than GRPO below a pass rate of "
+            f"{two.even_snr['1x4']:.2g} if noise in all directions counts, below "
+            f"{two.even_along['1x4']:.2g} if only noise along the true gradient does; with the "
+            f"deepest seed below {two.even_snr['1x4 deepest']:.2g} and "
+            f"{two.even_along['1x4 deepest']:.2g}. A random reset at P = {EXAMPLE_START} has "
+            f"{two.at_example('1x4', 0.0):.2f} of GRPO's SNR, an exact one "
+            f"{two.at_example('1x4', 1.0):.2f}. Above P = 0.15 take GRPO."
+        )
+    if three is not None:
+        guidance_of_map(three)
+
+
+def guidance_of_map(table):
+    """Accuracies that break even, and the starts at which a good localizer surely gains."""
+    for optimizer in GRIDS:
+        print(
+            f"- {optimizer}: the localizer accuracy at which resets break even, by steps / by "
+            "generated thoughts:\n"
+        )
+        print_head(["start", *CHOICES], indent="  ")
         for regime in REGIMES:
-            qs = {
-                (c, w): break_even(three, optimizer, c, regime, w)
-                for c, w in product(("first", "deepest"), ("steps", "thoughts"))
-            }
-            show = {
-                key: "never"
-                if q is None
-                else f"<= {q:.1f}"
-                if (key[0], q) in (("first", QS[0]), ("deepest", QS[1]))
-                else f"{q:.2f}"
-                for key, q in qs.items()
-            }
-            print(
-                f"  | {three[optimizer, 'first', 1.0, regime]['start']:.3f} | "
-                + " | ".join(
-                    f"{show[c, 'steps']} / {show[c, 'thoughts']}" for c in ("first", "deepest")
-                )
-                + " |"
-            )
+            start = table[optimizer, regime]
+            texts = []
+            for cells in start.rows.values():
+                by_steps = break_even_text(cells, "steps")
+                by_thoughts = break_even_text(cells, "thoughts")
+                texts.append(f"{by_steps} / {by_thoughts}")
+            print_row([f"{start.rate:.3f}", *texts], indent="  ")
         print()
-    if three:
-        worth = {
-            o: [
-                three[o, "first", 1.0, r]["start"]
-                for r in REGIMES
-                if three[o, "first", 0.8, r]["steps"][2] < 1
-            ]
-            for o in GRIDS
-        }
-        text = "; ".join(
-            f"{o}: {'starts of ' + ', '.join(f'{s:.2f}' for s in starts) if starts else 'no start of the map'}"
-            for o, starts in worth.items()
-        )
-        print(f"- At 0.8 accuracy and the first failure as seed, resets need surely fewer steps (interval below 1) at: {text}. So: measure the pass rate and the localizer first "
-              "(`eval.py localization`). Low pass rate and a good localizer: resets, and try --seed_choice deepest. Otherwise GRPO.")  # fmt: skip
+    worth = []
+    for optimizer in GRIDS:
+        starts = []
+        for regime in REGIMES:
+            start = table[optimizer, regime]
+            if start.rows["first"][GOOD_Q].ratios["steps"].high < 1:
+                starts.append(f"{start.rate:.2f}")
+        text = f"starts of {', '.join(starts)}" if starts else "no start of the map"
+        worth.append(f"{optimizer}: {text}")
+    print(
+        f"- At {GOOD_Q} accuracy and the first failure as seed, resets surely need fewer steps "
+        f"(interval below 1) at: {'; '.join(worth)}. So measure the pass rate and the localizer "
+        "first (`eval.py localization`). With a low pass rate and a good localizer take resets, "
+        "otherwise GRPO. The deepest seed is an idea that was tried here only."
+    )
 
 
 def draw_figure(one, two, three, out):
-    """Panels of the lessons that ran."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    n = bool(one) + bool(two) + 2 * bool(three)
-    figure, axes = plt.subplots(
-        *((2, 2) if n == 4 else (1, n)),
-        figsize=(15, 10.5) if n == 4 else (6.5 * n, 5),
-        layout="constrained",
-        squeeze=False,
-    )
-    panels = iter(axes.flat)
-    if one:
-        panel, x = next(panels), 1 / np.array(RATES)
-        for (what, (exact, sampled, boot)), color in zip(one.items(), ("tab:blue", "tab:red")):
-            low, high = interval(slope(boot))
-            panel.plot(
-                x, exact, "-", color=color, label=f"{what}, exact: exponent of p {slope(exact):.2f}"
-            )
-            panel.errorbar(
-                x,
-                sampled,
-                np.abs(interval(boot) - sampled),
-                fmt="o",
-                color=color,
-                capsize=3,
-                label=f"sampled: {slope(sampled):.2f} ({low:.2f} to {high:.2f})",
-            )
-        panel.set(
-            xscale="log",
-            yscale="log",
-            xlabel="1 / p   (p: chance that a visited state is improvable)",
-            ylabel="what the oracle gains",
-            title="1. Credit oracle against random resets",
-        )
-        panel.set_xticks(x, [f"{v:.0f}" for v in x], minor=False)
-        panel.minorticks_off()
-        panel.legend(fontsize=7)
-    if two:
-        panel = next(panels)
-        for P, color in zip(STARTS, ("tab:red", "tab:orange", "tab:green", "tab:blue")):
-            for name, style in (("1x4", "-o"), ("1x4 deepest", "--s")):
-                panel.plot(
-                    ACCURACIES,
-                    [two[0][name, q, P] for q in ACCURACIES],
-                    style,
-                    color=color,
-                    label=f"{name}, pass rate {P}",
-                )
-        panel.axhline(1, color="black", lw=1)
-        panel.annotate("GRPO", (0.02, 1.02))
-        panel.set(
-            xlabel="accuracy q of the localizer (0: RRPO)",
-            ylabel="signal to noise (all directions), GRPO = 1",
-            title="2. Gradient of one prompt, exact",
-            ylim=(0, 1.5),
-        )
-        panel.legend(fontsize=7, ncols=2, loc="upper left")
-    for optimizer in GRIDS if three else ():
-        panel, lines = next(panels), list(product(("first", "deepest"), REGIMES))
-        ratios = np.array(
-            [
-                [
-                    three[optimizer, c, q, r]["steps"][0]
-                    if (optimizer, c, q, r) in three
-                    else np.nan
-                    for q in QS
-                ]
-                for c, r in lines
-            ]
-        )
-        image = panel.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-1.2, vmax=1.2, aspect="auto")
-        for (i, (c, r)), (j, q) in product(enumerate(lines), enumerate(QS)):
-            if cell := three.get((optimizer, c, q, r)):
-                text = (
-                    "?"
-                    if cell["sign"] == "?"
-                    else f"{cell['sign']}{cell['steps'][0]:.2f}\n({cell['sign']}{cell['thoughts'][0]:.2f})"
-                )
-                panel.text(
-                    j,
-                    i,
-                    text,
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white" if abs(np.log2(ratios[i, j])) > 0.8 else "black",
-                )
-        panel.set(
-            title=f"3. {optimizer}: steps (thoughts) to a pass rate of 0.5, GRPO = 1",
-            xlabel="accuracy q of the localizer (0: RRPO)",
-        )
-        panel.set_xticks(range(len(QS)), QS)
-        panel.set_yticks(
-            range(len(lines)),
-            [
-                f"{c} seed,\nstart {three[optimizer, 'first', 1.0, r]['start']:.2f}"
-                for c, r in lines
-            ],
-        )
-        panel.axhline(len(REGIMES) - 0.5, color="black", lw=1.5)
-        bar = figure.colorbar(image, ax=panel, ticks=[-1, 0, 1], shrink=0.8)
-        bar.ax.set_yticklabels(["half the steps", "as GRPO", "twice the steps"])
+    """Draws a panel for each of lessons 1 and 2, and one for each optimizer of lesson 3."""
+    n_panels = 0
+    if one is not None:
+        n_panels += 1
+    if two is not None:
+        n_panels += 1
+    if three is not None:
+        n_panels += len(GRIDS)
+    if n_panels == 4:
+        figure = Figure(figsize=(15, 10.5), layout="constrained")
+        panels = iter(figure.subplots(2, 2).flat)
+    else:
+        figure = Figure(figsize=(6.5 * n_panels, 5), layout="constrained")
+        panels = iter(figure.subplots(1, n_panels, squeeze=False).flat)
+    if one is not None:
+        draw_oracle_gain(next(panels), one)
+    if two is not None:
+        draw_prompt_gradients(next(panels), two)
+    if three is not None:
+        for optimizer in GRIDS:
+            draw_map(next(panels), three, optimizer)
     figure.savefig(out, dpi=120)
-    plt.close(figure)
+
+
+def draw_oracle_gain(panel, gain):
+    """Lesson 1: what the oracle gains, over 1 / p."""
+    x = 1 / np.array(RATES)
+    draw_exponent(panel, x, gain.improvement, "improvement, CARO / RR", "tab:blue")
+    draw_exponent(panel, x, gain.samples, "samples, RR / CARO", "tab:red")
+    panel.set_title("1. Credit oracle against random resets")
+    panel.set_xlabel("1 / p   (p: chance that a visited state is improvable)")
+    panel.set_ylabel("what the oracle gains")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xticks(x, [f"{v:.0f}" for v in x], minor=False)
+    panel.minorticks_off()
+    panel.legend(fontsize=7)
+
+
+def draw_exponent(panel, x, estimate, what, color):
+    """One estimate with its exact line."""
+    exact = f"{what}, exact: exponent of p {slope(estimate.exact):.2f}"
+    panel.plot(x, estimate.exact, "-", color=color, label=exact)
+    low, high = interval(slope(estimate.bootstraps))
+    sampled = f"sampled: {slope(estimate.sampled):.2f} ({low:.2f} to {high:.2f})"
+    errors = np.abs(interval(estimate.bootstraps) - estimate.sampled)
+    panel.errorbar(x, estimate.sampled, errors, fmt="o", color=color, capsize=3, label=sampled)
+
+
+def draw_prompt_gradients(panel, results):
+    """Lesson 2: signal to noise over localizer accuracy."""
+    colors = ("tab:red", "tab:orange", "tab:green", "tab:blue")
+    for s, P in enumerate(STARTS):
+        for name, style in (("1x4", "-o"), ("1x4 deepest", "--s")):
+            label = f"{name}, pass rate {P}"
+            panel.plot(ACCURACIES, results.snr[name][:, s], style, color=colors[s], label=label)
+    panel.axhline(1, color="black", lw=1)
+    panel.annotate("GRPO", (0.02, 1.02))
+    panel.set_title("2. Gradient of one prompt, exact")
+    panel.set_xlabel("accuracy q of the localizer (0: RRPO)")
+    panel.set_ylabel("signal to noise (all directions), GRPO = 1")
+    panel.set_ylim(0, 1.5)
+    panel.legend(fontsize=7, ncols=2, loc="upper left")
+
+
+def draw_map(panel, table, optimizer):
+    """Lesson 3: steps to TARGET as colors, by choice of the seed, start and localizer accuracy."""
+    ratios = np.full((len(CHOICES) * len(REGIMES), len(QS)), np.nan)
+    labels = []
+    for choice, regime in product(CHOICES, REGIMES):
+        start = table[optimizer, regime]
+        row = len(labels)
+        labels.append(f"{choice} seed,\nstart {start.rate:.2f}")
+        for q, cell in start.rows[choice].items():
+            column = QS.index(q)
+            ratios[row, column] = cell.ratios["steps"].value
+            color = "white" if abs(np.log2(ratios[row, column])) > 0.8 else "black"
+            text = panel.text(column, row, map_text(cell), fontsize=9, color=color)
+            text.set(ha="center", va="center")
+    image = panel.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-1.2, vmax=1.2, aspect="auto")
+    panel.set_title(f"3. {optimizer}: steps (thoughts) to a pass rate of {TARGET}, GRPO = 1")
+    panel.set_xlabel("accuracy q of the localizer (0: RRPO)")
+    panel.set_xticks(range(len(QS)), QS)
+    panel.set_yticks(range(len(labels)), labels)
+    panel.axhline(len(REGIMES) - 0.5, color="black", lw=1.5)
+    bar = panel.figure.colorbar(image, ax=panel, ticks=[-1, 0, 1], shrink=0.8)
+    bar.ax.set_yticklabels(["half the steps", "as GRPO", "twice the steps"])
+
+
+def map_text(cell):
+    if cell.sign == "?":
+        return "?"
+    steps = cell.ratios["steps"].value
+    thoughts = cell.ratios["thoughts"].value
+    return f"{cell.sign}{steps:.2f}\n({cell.sign}{thoughts:.2f})"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="When are resets worth it? Three lessons on chains that are small enough to compute."
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lesson", choices=["1", "2", "3", "all"], default="all")
     parser.add_argument("--out", default="theory.png", help="the figure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=6, help="lesson 3: runs of each cell")
     parser.add_argument("--steps", type=int, default=200, help="lesson 3: training steps at most")
     args = parser.parse_args(argv)
+    if not Path(args.out).absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: its folder does not exist; make it first")
+    if args.seeds < 1 or args.steps < EVERY:
+        parser.error(f"lesson 3 needs --seeds of at least 1 and --steps of at least {EVERY}")
     torch.set_num_threads(1)
-    one, two, three = (args.lesson in (n, "all") and teach() for n, teach in
-                       (("1", lambda: lesson1(args.seed)), ("2", lesson2), ("3", lambda: lesson3(args.seed, args.seeds, args.steps))))  # fmt: skip
+    one = two = three = None
+    if args.lesson in ("1", "all"):
+        one = lesson1(args.seed)
+    if args.lesson in ("2", "all"):
+        two = lesson2()
+    if args.lesson in ("3", "all"):
+        three = lesson3(args.seed, args.seeds, args.steps)
     guidance(one, two, three)
     draw_figure(one, two, three, args.out)
 
