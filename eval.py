@@ -36,18 +36,11 @@ from localize import (
     by_verifier,
     fallback,
     parse_localization,
-    review,
+    review_text as review,
     reviewed,
 )
-from rollout import (
-    Request,
-    Task,
-    encode_prompt,
-    encode_question,
-    load_policy,
-    make_engine,
-    run_programs,
-)
+from data.policies import encode_prompt, encode_question, load_policy
+from rollout import Request, Task, make_engine, run_programs
 
 # ------------------------------------------------------------------------------------------------------------------ pass rate
 
@@ -57,13 +50,13 @@ def evaluate(tasks: list[Task], engine, samples: int) -> dict:
     sampled = run_programs([all_of(task, samples) for task in tasks], engine)
     groups, generated = sampled.results, sampled.generated
     rewards = np.array([[r.reward for r in group] for group in groups])
-    return {
-        "pass_rate": float((rewards >= tasks[0].cfg.correct).mean()),
-        "rewards": rewards,
-        "groups": groups,
-        "tokens": sum(r.generated for r in generated),
-        "finish": dict(Counter(r.finish for r in generated)),
-    }
+    return SimpleNamespace(
+        pass_rate=float((rewards >= tasks[0].cfg.correct).mean()),
+        rewards=rewards,
+        groups=groups,
+        tokens=sum(r.generated for r in generated),
+        finish=dict(Counter(r.finish for r in generated)),
+    )
 
 
 def all_of(task: Task, samples: int):
@@ -212,7 +205,7 @@ def command_benchmark(args) -> None:
             part = todo[at : at + each]
             counters.clear()
             start = time.perf_counter()
-            groups = evaluate(part, engine, args.samples)["groups"]
+            groups = evaluate(part, engine, args.samples).groups
             seconds = (time.perf_counter() - start) / len(part)
             records = [{"problem": task.problem.index, "sample": i, "reward": r.reward, "finish": r.finish, "tokens": r.generated, "seconds": seconds / len(group),
                         "answered": answered(task.problem, r.text), "text": r.text} for task, group in zip(part, groups) for i, r in enumerate(group)]  # fmt: skip

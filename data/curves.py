@@ -15,7 +15,7 @@ Named = dict[
 
 def by_name(runs: list[Path]) -> Named:
     """Runs that differ only in their seed share a name; it says learning rate, data or model where the runs differ in them."""
-    read = [(Path(run), *read_run(Path(run))) for run in runs]
+    read = [(Path(run), *(lambda x: (x.config, x.lines))(read_run(Path(run)))) for run in runs]
     varied = [
         key
         for key in ("lr", "train_data", "model")
@@ -23,7 +23,7 @@ def by_name(runs: list[Path]) -> Named:
     ]
     named = defaultdict(list)
     for run, config, lines in read:
-        named[" ".join([name_of(config), *(f"{key} {config.get(key)}" for key in varied)])].append(
+        named[" ".join([config.get('name','x'), *(f"{key} {config.get(key)}" for key in varied)])].append(
             (run, config, lines)
         )
     return dict(named)

@@ -1,41 +1,37 @@
-"""Processes."""
+"""Several processes: joining them, exchanging objects, sharding the model, and reading whole
+weights.
+
+`torchrun` starts the processes; without it there is one, and every function here still works.
+
+    rank() 0 writes files and prints; gather(x) gives every process what each one has;
+    on_main(f) runs f once, on rank 0; shard(model, ...) splits parameters, gradients and optimizer
+    state (FSDP2); whole_weights(model) names them as a Hugging Face checkpoint does.
+
+Left out: pipeline and sequence parallelism, and training and sampling on different GPUs.
+
+Try it alone:  torchrun --nproc_per_node=2 -m data.parallel    # each process says who it is
+"""
 
 import os
+import signal
+import sys
 from datetime import timedelta
+from types import MethodType
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from data.faults import UserError
 
-
-def connect() -> tuple[torch.device, bool]:
-    """Joins the processes that torchrun started, NCCL between GPUs and Gloo between CPUs: (this process's device, whether the model is
-    to be sharded). One GPU is a shard of its own: bf16 compute on float32 master weights is then the same code as on many."""
-    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} there); lower --nproc_per_node"
-        )
-    if cuda:
-        torch.cuda.set_device(local)
-    sharded = cuda or processes() > 1
-    if sharded and not dist.is_initialized():
-        alone = {} if processes() > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone
-        )  # a phase may be that uneven
-    return torch.device("cuda", local) if cuda else torch.device("cpu"), sharded
-
-
-def gather(mine) -> list:
-    """[what each process gave], on every process; [mine] where there is only one."""
-    if processes() == 1:
-        return [mine]
-    parts = [None] * processes()
-    dist.all_gather_object(parts, mine)
-    return parts
+# ---------------------------------------------------------------------------------------- processes
 
 
 def processes() -> int:
@@ -48,8 +44,51 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def on_main(action, *args):
-    """What action(*args) returns, done by the first process and told to all of them; its UserError too."""
+def connect() -> tuple[torch.device, bool]:
+    """Joins the processes: (this process's device, whether the model is to be sharded).
+
+    NCCL between GPUs, Gloo between CPUs. One GPU is a shard of its own: bf16 compute on float32
+    master weights is then the same code as on many. Raises UserError if a process has no GPU of its
+    own.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local} of this machine has no GPU of its own "
+            f"({torch.cuda.device_count()} there); lower --nproc_per_node"
+        )
+    if cuda:
+        torch.cuda.set_device(local)
+    sharded = cuda or processes() > 1
+    if sharded and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        patience = timedelta(hours=2)  # a phase of sampling may be that uneven
+        if processes() > 1:
+            dist.init_process_group(backend, timeout=patience)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, timeout=patience, store=store, rank=0, world_size=1)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    return device, sharded
+
+
+def gather(mine) -> list:
+    """What each process gave, on every process, by rank. All processes must call it."""
+    if processes() == 1:
+        return [mine]
+    parts = [None] * processes()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def barrier() -> None:
+    """Waits until every process is here: what they did with files before is done for all."""
+    gather(None)
+
+
+def on_main(action: Callable, *args):
+    """Runs action(*args) on rank 0 and broadcasts its result, or its UserError."""
     if processes() == 1:
         return action(*args)
     told = [None]
@@ -64,24 +103,81 @@ def on_main(action, *args):
     return told[0]
 
 
+class StopRequest:
+    """Ctrl-C or SIGTERM: the step in progress ends, is saved, and the run stops. A second Ctrl-C
+    stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        self.before = {}
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            self.before[sign] = signal.signal(sign, self.request)
+
+    def restore(self) -> None:
+        for sign, handler in self.before.items():
+            signal.signal(sign, handler)
+
+    def request(self, *_) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if rank() == 0:
+            print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------- shards
+
+
+def shard(model, layers: list, device: torch.device, method: Callable) -> None:
+    """Shards a loaded model over all processes, in place (FSDP2): each of its layers, then the
+    rest.
+
+    It computes in bf16 on a GPU, with float32 masters and gradients. Gradients are summed over
+    processes, not averaged: the loss's weights already hold 1/N of the whole step. method: a
+    function (model, ...) that runs the model; it becomes a method that gathers parameters as
+    `forward` does.
+    """
+    mesh = init_device_mesh(device.type, (processes(),))
+    precision = MixedPrecisionPolicy()
+    if device.type == "cuda":
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for part in (*layers, model):  # moves it to the device, one part at a time
+        fully_shard(part, mesh=mesh, mp_policy=precision)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    setattr(model, method.__name__, MethodType(method, model))
+    register_fsdp_forward_method(model, method.__name__)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in one piece: gathered from all processes if it is sharded (every process must call it)."""
+    """A tensor in one piece. If it is sharded, every process must call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_weights(model):
-    """(name as in a Hugging Face checkpoint, tensor) of every parameter, whole, one at a time, adapters merged into what they adapt."""
+def whole_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name as in a Hugging Face checkpoint, whole tensor) of every parameter, one at a time.
+
+    LoRA adapters are merged into the weights that they adapt. Every process must read all of it.
+    """
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
         weight = whole(parameter)
         if name.endswith(".base_layer.weight"):
-            layer = model.get_submodule(name.removesuffix(".base_layer.weight").removesuffix("."))
-            delta = (
-                whole(layer.lora_B["default"].weight)
-                @ whole(layer.lora_A["default"].weight)
-                * layer.scaling["default"]
-            )
-            weight = weight.float() + (delta.T if layer.fan_in_fan_out else delta)
+            layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            weight = weight.float() + adapter_delta(layer)
         yield name.replace(".base_layer.", "."), weight
+
+
+def adapter_delta(layer) -> torch.Tensor:
+    """What the LoRA adapter of a layer adds to its weight."""
+    A = whole(layer.lora_A["default"].weight)
+    B = whole(layer.lora_B["default"].weight)
+    delta = B @ A * layer.scaling["default"]
+    return delta.T if layer.fan_in_fan_out else delta
+
+
+if __name__ == "__main__":
+    device, sharded = connect()
+    print(f"process {rank()} of {processes()} on {device}, sharded: {sharded}; {gather(rank())}")

@@ -194,3 +194,11 @@ def has_tests(tests) -> bool:
     return isinstance(tests, dict) and bool(
         tests.get("stdin") or tests.get("call") and (tests.get("cases") or tests.get("check"))
     )
+
+
+# ---- shim until the rewritten verifiers land
+from types import SimpleNamespace
+ENDINGS = {"choice": "Put the letter of the right choice in \\boxed{}.", "yes_no": "Put the final answer, yes or no, in \\boxed{}.", "code": "End with the whole program in one ```python block."}
+KINDS = {k: SimpleNamespace(ending=ENDINGS.get(k, "Put the final answer in \\boxed{}.")) for k in [*GRADERS, "code"]}
+def check_machine(problems):
+    return sandbox_or_refusal() if any(p.kind == "code" for p in problems) else None

@@ -1,0 +1,73 @@
+"""Speed (skip on a first reading): what rollouts of a group have in common is run once.
+
+The rollouts of a base group share their prompt, those of a suffix group their reset state.
+`loss.py` can run each row whole (`hidden_of_rows`, the plain way). This file gives the same hidden
+states, but runs each distinct context once, and the gradient goes back to it through its keys and
+values. Measured: GAIN
+
+Left out: layers that keep something else than keys and values (sliding windows, state spaces):
+there `loss.py` runs whole rows.
+"""
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+def can_share(model) -> bool:
+    """Whether every layer of the model keeps just keys and values."""
+    return all(
+        isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers
+    )
+
+
+def hidden_of_shared_contexts(model, batch) -> torch.Tensor:
+    """Hidden states [B, L, D] before each token of a loss.Batch, each context run once."""
+    W = batch.contexts.shape[1]
+    layers = [ContextLayer() for _ in DynamicCache(config=model.config).layers]
+    context = model.base_model(
+        input_ids=batch.contexts,
+        attention_mask=batch.contexts_mask,
+        position_ids=positions(batch.contexts_mask),
+        past_key_values=Cache(layers),
+    )
+    mask = torch.cat([batch.contexts_mask[batch.context_of], batch.tokens_mask], 1)  # [B, W + L]
+    rows = model.base_model(
+        input_ids=batch.tokens,
+        attention_mask=mask,
+        position_ids=positions(mask)[:, W:],
+        past_key_values=Cache([RowLayer(layer, batch.context_of) for layer in layers]),
+    )
+    before_first = context.last_hidden_state[:, -1:].index_select(0, batch.context_of)
+    return torch.cat([before_first, rows.last_hidden_state[:, :-1]], 1)
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids of a padded batch: the first real token of each row has position 0."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class ContextLayer(DynamicLayer):
+    """Keys and values of the contexts in one layer.
+
+    transformers' own layer would grow when it is run again in the backward (--grad_checkpointing).
+    """
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
+class RowLayer(DynamicLayer):
+    """The same for the rows: reads the keys and values of each row's context, keeps none."""
+
+    def __init__(self, context: ContextLayer, context_of: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = context.keys, context.values, True
+        self.context_of = context_of  # [B]
+
+    def update(self, keys, values, *args, **kwargs):
+        # index_select, not indexing: on a CPU its backward adds up in a fixed order.
+        before_keys = self.keys.index_select(0, self.context_of)
+        before_values = self.values.index_select(0, self.context_of)
+        return torch.cat([before_keys, keys], -2), torch.cat([before_values, values], -2)

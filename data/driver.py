@@ -1,0 +1,190 @@
+"""The driver: runs the programs of all problems of a step together.
+
+A program is a generator: it yields a list of requests, is sent a list of n graded rollouts for
+each, and returns what it likes (rollout.py). Everything that the programs wait for goes to one
+engine. With an engine that streams (vLLM) each program goes on as soon as its own answers are
+there; else all go on together, so that the next batch is large. Slow graders run in threads, beside
+the sampling.
+
+Left out: several engines in one process.
+
+Try it alone:  python rollout.py    # one program; `python localize.py` runs several
+"""
+
+import os
+from collections import Counter
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cache
+from time import perf_counter
+from typing import Generator, Iterable
+
+from data.faults import counters
+from data.parallel import gather
+
+
+@dataclass
+class Sampled:
+    """What the programs of one step returned, and what it cost."""
+
+    results: list  # each program's return value
+    generated: list  # every rollout that was sampled, by program
+    seconds: Counter  # by purpose, for "grade", and for "wait": until the slowest process was done
+
+
+def run_programs(programs: list[Generator], engine) -> Sampled:
+    """Runs all programs together: each goes on as soon as what it waits for has been sampled.
+
+    With several processes each runs its engine's share of the programs; all get the results of all.
+    Seconds of sampling are divided between purposes by generated tokens.
+    """
+    counted_before = counters.copy()
+    driver = Driver(engine)
+    for i in range(engine.share, len(programs), engine.shares):
+        driver.start(i, programs[i])
+    while driver.in_flight:
+        driver.sample()
+        driver.answer()
+    seconds = driver.seconds_by_purpose()
+    start = perf_counter()
+    mine = Share(driver.results, driver.generated, counters - counted_before)
+    merged = merge(gather(mine if engine.reports else Share()))
+    seconds["wait"] = perf_counter() - start
+    counters.clear()
+    counters.update(counted_before + merged.counted)
+    order = range(len(programs))
+    generated = []
+    for i in order:
+        generated += merged.generated[i]
+    return Sampled([merged.results[i] for i in order], generated, seconds)
+
+
+@dataclass
+class Share:
+    """What one process gives to all: results and rollouts by program, and what it counted."""
+
+    results: dict[int, object] = field(default_factory=dict)
+    generated: dict[int, list] = field(default_factory=dict)
+    counted: Counter = field(default_factory=Counter)
+
+
+def merge(shares: list[Share]) -> Share:
+    whole = Share()
+    for share in shares:
+        whole.results.update(share.results)
+        whole.generated.update(share.generated)
+        whole.counted.update(share.counted)
+    return whole
+
+
+@dataclass
+class InFlight:
+    """A request that has been given to the engine: number `place` of what program i waits for."""
+
+    i: int
+    place: int
+    request: object  # rollout.Request
+    rollouts: list | None = None  # None while it is sampled
+    rewards: list[Future] = field(default_factory=list)  # of slow graders
+
+    @property
+    def graded(self) -> bool:
+        return self.rollouts is not None and all(reward.done() for reward in self.rewards)
+
+
+class Driver:
+    """The running programs of one process, and the requests that they wait for."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.programs: dict[int, Generator] = {}
+        self.results: dict[int, object] = {}  # by program
+        self.generated: dict[int, list] = {}  # by program
+        self.waiting: dict[int, list] = {}  # by program: the answer to each request, None: not yet
+        self.in_flight: dict[int, InFlight] = {}  # by ticket of the engine
+        self.seconds = Counter()
+        self.tokens = Counter()  # generated, by purpose
+
+    def start(self, i: int, program: Generator) -> None:
+        self.programs[i] = program
+        self.generated[i] = []
+        self.advance(i, None)
+
+    def advance(self, i: int, answers: list | None) -> None:
+        """Sends program i its answers, and gives the engine what it asks for next."""
+        try:
+            requests = self.programs[i].send(answers)
+            while not requests:
+                requests = self.programs[i].send([])
+        except StopIteration as end:
+            self.results[i] = end.value
+            return
+        self.waiting[i] = [None] * len(requests)
+        for place, request in enumerate(requests):
+            self.in_flight[self.engine.start(request)] = InFlight(i, place, request)
+
+    def sample(self) -> None:
+        """Lets the engine complete some requests, and grades them; waits if only graders work."""
+        start = perf_counter()
+        finished = []
+        if any(flight.rollouts is None for flight in self.in_flight.values()):
+            finished = self.engine.finished()
+        sampled = perf_counter()
+        for ticket, rollouts in finished:
+            flight = self.in_flight[ticket]
+            flight.rollouts = rollouts
+            self.tokens[flight.request.purpose] += sum(r.generated for r in rollouts)
+            grade(flight)
+        if not self.engine.streams:
+            # The next batch is larger if all of these problems go on together.
+            wait_for(self.in_flight.values(), ALL_COMPLETED)
+        elif all(flight.rollouts is not None for flight in self.in_flight.values()):
+            if not any(flight.graded for flight in self.in_flight.values()):
+                wait_for(self.in_flight.values(), FIRST_COMPLETED)
+        self.seconds["sample"] += sampled - start
+        self.seconds["grade"] += perf_counter() - sampled
+
+    def answer(self) -> None:
+        """Hands graded rollouts over to the programs that have all that they wait for."""
+        for ticket in [ticket for ticket, flight in self.in_flight.items() if flight.graded]:
+            flight = self.in_flight.pop(ticket)
+            for rollout, reward in zip(flight.rollouts, flight.rewards):
+                rollout.reward = reward.result()
+            self.waiting[flight.i][flight.place] = flight.rollouts
+        ready = [i for i, answers in self.waiting.items() if None not in answers]
+        for i in sorted(ready):
+            answers = self.waiting.pop(i)
+            for rollouts in answers:
+                self.generated[i] += rollouts
+            self.advance(i, answers)
+
+    def seconds_by_purpose(self) -> Counter:
+        seconds = Counter(grade=self.seconds["grade"])
+        for purpose, tokens in self.tokens.items():
+            seconds[purpose] = self.seconds["sample"] * tokens / self.tokens.total()
+        return seconds
+
+
+def grade(flight: InFlight) -> None:
+    """Grades rollouts at once, or starts to grade them in threads where the grader is slow."""
+    request = flight.request
+    if request.grade is None:
+        return
+    for rollout in flight.rollouts:
+        if request.slow:
+            flight.rewards.append(graders().submit(request.grade, rollout.text))
+        else:
+            rollout.reward = request.grade(rollout.text)
+
+
+@cache
+def graders() -> ThreadPoolExecutor:
+    """Threads that wait for slow graders: sandboxed programs, math-verify's processes."""
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+def wait_for(flights: Iterable[InFlight], until: str) -> None:
+    pending = []
+    for flight in flights:
+        pending += [reward for reward in flight.rewards if not reward.done()]
+    wait(pending, return_when=until)

@@ -1,0 +1,155 @@
+"""The numbers of a step line that come from the records: pass rates, variance, resets, costs.
+
+srpo.py adds what only it knows (loss, seconds, counters) and writes the line to metrics.jsonl.
+Rates are in [0, 1], tokens are counts, and None says that there was nothing to measure.
+
+Left out: statistics over steps or seeds; see data/curves.py.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, fields
+from itertools import chain
+from time import perf_counter
+
+import numpy as np
+
+from rollout import Rollout, Task, grouped
+
+
+@dataclass
+class Sums:
+    """Sums over the weighted tokens of a step. gap = |sampler's - trainer's log-prob|, nats."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    entropy: float = 0.0  # nats
+    gap: float = 0.0  # of suffix and base tokens
+    gap_prefix: float = 0.0  # of prefix tokens (only without the prefix mask)
+    prefix_tokens: int = 0
+    gap_max: float = 0.0
+
+    def add(self, other: "Sums") -> None:
+        for f in fields(self):
+            mine, its = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, max(mine, its) if f.name == "gap_max" else mine + its)
+
+
+def sums_of(loss, logps, entropies, old_logps, in_prefix) -> Sums:
+    """The sums of a micro-batch: loss a scalar, the others [M], one for each weighted token."""
+    gap = (logps.detach() - old_logps).abs()
+    return Sums(
+        loss=loss.item(),
+        tokens=len(logps),
+        entropy=entropies.sum().item(),
+        gap=gap[~in_prefix].sum().item(),
+        gap_prefix=gap[in_prefix].sum().item(),
+        prefix_tokens=int(in_prefix.sum()),
+        gap_max=max(gap.tolist(), default=0.0),
+    )
+
+
+@dataclass
+class Update:
+    """What a gradient step reports."""
+
+    sums: Sums  # of all processes
+    grad_norm: float  # before clipping
+
+
+def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]) -> dict:
+    """What can be read from the records of one step. Rates in [0, 1]; None where there is nothing."""
+    base_groups, suffix_groups = [], []
+    for (_, k), members in grouped(rollouts).items():
+        (base_groups if k == 0 else suffix_groups).append(members)
+    tokens = Counter()
+    for rollout in generated:
+        tokens[rollout.purpose] += rollout.generated
+    purposes = ("base", "seed", "localization", "suffix", "oracle")
+    return {
+        "pass_base": mean_reward(base_groups),
+        "pass_suffix": mean_reward(suffix_groups),
+        "zero_variance_base": share_of_flat(base_groups),
+        "zero_variance_suffix": share_of_flat(suffix_groups),
+        **reset_metrics(suffix_groups, tasks),
+        "tokens": {purpose: tokens[purpose] for purpose in purposes},
+        "verifier_calls": sum(rollout.reward is not None for rollout in generated),
+        "masked_share": sum(r.prefix_len for r in rollouts)
+        / sum(len(r.token_ids) for r in rollouts),
+        "response_tokens": mean([len(rollout.token_ids) for rollout in rollouts]),
+        "thoughts": mean([len(rollout.thought_ends) for rollout in rollouts]),
+        "finish": dict(Counter(rollout.finish for rollout in rollouts)),
+    }
+
+
+def reset_metrics(suffix_groups: list[list[Rollout]], tasks: list[Task]) -> dict:
+    """Where the resets of a step are. Truth is measured where the task has a step checker; training
+    never sees it. A prefix is clean if no wrong thought is left in it: h* is at or before the
+    truth."""
+    exact, clean_groups, erroneous_groups = [], [], []
+    for members in suffix_groups:
+        first = members[0]
+        truth = tasks[first.group[0]].first_wrong(first.seed)
+        if truth is None:
+            continue
+        exact.append(first.reset == truth)
+        (clean_groups if first.reset <= truth else erroneous_groups).append(members)
+    firsts = [members[0] for members in suffix_groups]
+    n_clean, n_judged = len(clean_groups), len(exact)
+    return {
+        "pass_suffix_clean": mean_reward(clean_groups),
+        "pass_suffix_erroneous": mean_reward(erroneous_groups),
+        "reset_depth": mean([r.reset / len(r.seed.thought_ends) for r in firsts]),  # h* / H
+        "localized": dict(Counter(r.localized for r in firsts)),
+        "localized_exact": mean(exact),
+        "localized_clean": n_clean / n_judged if n_judged else None,
+    }
+
+
+def update_metrics(update: Update | None) -> dict:
+    """What the gradient step reports: means over its trained tokens, nats; None without one."""
+    if update is None:
+        names = ("loss", "entropy", "grad_norm", "gap", "gap_prefix", "gap_max")
+        return {"trained_tokens": 0} | dict.fromkeys(names)
+    sums = update.sums
+    in_prefix = sums.prefix_tokens
+    return {
+        "trained_tokens": sums.tokens,
+        "loss": sums.loss,
+        "entropy": sums.entropy / sums.tokens,
+        "grad_norm": update.grad_norm,
+        "gap": sums.gap / max(1, sums.tokens - in_prefix),
+        "gap_prefix": sums.gap_prefix / in_prefix if in_prefix else None,
+        "gap_max": sums.gap_max,
+    }
+
+
+def mean(values: list) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def mean_reward(groups: list[list[Rollout]]) -> float | None:
+    return mean([rollout.reward for rollout in chain(*groups)])
+
+
+def share_of_flat(groups: list[list[Rollout]]) -> float | None:
+    """Share of groups without variance: they teach nothing."""
+    return mean([not any(rollout.advantage for rollout in members) for members in groups])
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self):
+        self.seconds = Counter()
+        self.at = perf_counter()
+
+    def add(self, seconds: Counter) -> None:
+        """Takes the seconds of phases that were timed elsewhere."""
+        self.seconds.update(seconds)
+        self.at = perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Counts the time since the last call for this phase."""
+        now = perf_counter()
+        self.seconds[phase] += now - self.at
+        self.at = now
