@@ -2,11 +2,11 @@
 
 A localizer is a generator (task, seeds) -> [(h*, how)], one pair for each seed: h* in 1..H is the
 first thought to sample again, or None (the seed is not used); `how` says how h* was found. It
-yields sampling requests like any program (rollout.py), so all problems of a step are localized
-together.
+yields requests like any program (rollout.py), so all problems of a step are localized together.
 
-  self      SRPO: the policy is shown the problem and its own numbered thoughts, is told that the final
-            answer is wrong (never the right one), and names the first wrong step in `\\boxed{N}`
+  self      SRPO: the policy is shown the problem and its own numbered thoughts, is told that the
+            final answer is wrong (never the right one), and names the first wrong step in
+            `\\boxed{N}`
   random    RRPO: h* uniform over 1..H
   verifier  the task's exact step checker: an upper bound, only for tasks that have one
   oracle    the paper's credit-assignment oracle by Monte Carlo: the value of every prefix from m
@@ -15,10 +15,10 @@ together.
 
 Departures from the authors' release: an answer that cannot be parsed, is out of range, or says "no
 error" is a named counter, and `--localize_fallback` says what happens then (random: that seed
-becomes RRPO; first: h* = 1; skip: the seed is dropped). It never silently becomes step 1. Left out:
-few-shot prompts, and agreement of several localization samples.
+becomes RRPO; first: h* = 1; skip: the seed is dropped). It never silently becomes step 1.
+Left out: few-shot prompts, and agreement of several localization samples.
 
-Try it alone:  python localize.py    # the embedded policy reviews some of its failures, beside the truth
+Try it alone:  python localize.py    # the embedded policy reviews its failures, beside the truth
 """
 
 import re

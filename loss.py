@@ -4,14 +4,13 @@
 
 N     all rollouts of the step, also those whose advantage is zero
 A_i   advantage: the reward of rollout i, normalised inside its own group
-T_i   trained tokens: every response token of a base rollout, only the suffix of a suffix rollout (the
-      shared prefix is masked: it was not sampled for this group)
+T_i   trained tokens: every response token of a base rollout, only the suffix of a suffix rollout
+      (the shared prefix is masked: it was not sampled for this group)
 pi    the policy at the sampling temperature; y_t is token t of the response, y_<t all before it
 
 From top to bottom this file follows the equation: `set_advantages` gives A_i, `token_weights` gives
-A_i / (|T_i| N) of each token, `collate` makes padded tensors, `chosen_logps` gives log pi(y_t |
-y_<t), `surrogate` sums weight times log-prob, and `backward` adds the gradient up over
-micro-batches.
+A_i / (|T_i| N) for each token, `collate` makes padded tensors, `chosen_logps` gives
+log pi(y_t | y_<t), `surrogate` sums weight times log-prob, and `backward` adds up the gradient.
 
 All weights are known before the first backward, so the gradient does not depend on micro-batches,
 padding, order or the number of processes. Rollouts without weight are not run. The language-model

@@ -200,7 +200,7 @@ class Task:
         return rollout.reward < self.cfg.correct
 
     def in_group(self, k: int, rollouts: list[Rollout]) -> list[Rollout]:
-        """Puts rollouts into group k of this prompt: 0 is the base group, 1, 2, ... reset states."""
+        """Puts rollouts into group k of this prompt: 0 is the base group, 1, 2, ... are resets."""
         for rollout in rollouts:
             rollout.group = (self.slot, k)
         return rollouts
@@ -424,7 +424,7 @@ class HFEngine(Engine):
         return ticket
 
     def finished(self) -> list[tuple[int, list[Rollout]]]:
-        """All that was started. Requests of similar length share a batch of at most `max_rows` rows."""
+        """All that was started, the shortest contexts first, at most `max_rows` rows together."""
         requests, self.queue = self.queue, {}
         answers = {ticket: [] for ticket in requests}
 
@@ -467,7 +467,7 @@ class HFEngine(Engine):
             decoding.step(self.model, tokens)
 
     def prefill(self, rows: list[Row], states: list[int]) -> "Decoding":
-        """Runs each distinct state once, whatever its n. states: for each row, a name of its state."""
+        """Runs each distinct state once. states: for each row, the ticket of its state."""
         device = self.model.device
         place_of = {}  # state -> its place in the prefill
         contexts = []
@@ -658,7 +658,7 @@ class VLLMEngine(Engine):
         return answers
 
     def take(self, ticket: int, output) -> list[str]:
-        """Takes the new tokens of a request; returns vLLM's names of rows that are over with them."""
+        """Takes the new tokens of a request; returns vLLM's names of rows to stop."""
         name, rows = self.under_way[ticket]
         stopped = []
         for new in output.outputs:
@@ -668,8 +668,8 @@ class VLLMEngine(Engine):
                     row.push(token, logp)
             if new.finish_reason and not row.over:
                 raise RuntimeError(
-                    f"vLLM ended a response ({new.finish_reason}, {new.stop_reason}) that is not over: "
-                    f"{row.request}"
+                    f"vLLM ended a response ({new.finish_reason}, {new.stop_reason}) "
+                    f"that is not over: {row.request}"
                 )
             if row.over and not new.finish_reason:
                 stopped.append(name if len(rows) == 1 else f"{new.index}_{name}")

@@ -12,9 +12,9 @@ for each of P prompts (1 to 5) and then for all of them (6, 7):
     7. step           one on-policy AdamW step over the whole buffer            here
 
     python srpo.py                                     # the embedded policy, minutes on 2 CPU cores
-    python srpo.py --method grpo --out_dir runs/grpo   # the baseline; rrpo resets at a random thought
+    python srpo.py --method grpo --out_dir runs/grpo   # the baseline; rrpo: random resets
     python srpo.py --resume runs/grpo                  # a killed run, bit for bit on a CPU
-    python srpo.py --model Qwen/Qwen2.5-0.5B-Instruct --train_data train.jsonl --eval_data test.jsonl
+    python srpo.py --model Qwen/Qwen2.5-0.5B-Instruct --train_data a.jsonl --eval_data b.jsonl
     torchrun --nproc_per_node=8 srpo.py --model ...    # the same run on 8 GPUs (or CPU processes)
 
 With several processes each samples and grades its share of the prompts, gets the rollouts of all,
@@ -22,8 +22,8 @@ and trains on its share of the rows. Parameters, gradients and optimizer state a
 Nothing in the algorithm depends on the number of processes.
 
 Departures from the paper's settings: sampling at T = 1 and top_p = 1 (other values bias the
-gradient; top_p < 1 warns), and full fine-tuning unless --lora_rank is given. Left out: training and
-sampling on different GPUs or at the same time (that is no longer on-policy).
+gradient; top_p < 1 warns), and full fine-tuning unless --lora_rank is given.
+Left out: training and sampling on different GPUs or at the same time (no longer on-policy).
 """
 
 import os
@@ -32,7 +32,7 @@ import time
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal, Optional
@@ -40,13 +40,12 @@ from typing import ClassVar, Literal, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data import runs
 from data.curves import by_name, draw_curves
-from data.driver import Sampled, run_programs
+from data.driver import run_programs
 from data.faults import UserError, counters
 from data.metrics import Clock, Sums, Update, step_metrics, update_metrics
 from data.parallel import (
@@ -60,7 +59,15 @@ from data.parallel import (
     whole,
     whole_weights,
 )
-from data.policies import EMBEDDED, add_adapters, encode_all, load_policy, policy_source
+from data.policies import (
+    EMBEDDED,
+    add_adapters,
+    checkpoint_layers,
+    encode_all,
+    layers_of,
+    load_policy,
+    policy_source,
+)
 from data.problems import Problem
 from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER, check_machine
@@ -285,7 +292,9 @@ def train(cfg: Config) -> dict:
 
         run.progress.step = step + 1
         run.progress.total_tokens += sum(rollout.generated for rollout in sampled.generated)
-        line = step_line(run, sampled, rollouts, tasks, update, clock)
+        line = {"step": step + 1, "total_tokens": run.progress.total_tokens}
+        line |= step_metrics(rollouts, sampled.generated, tasks)
+        line |= update_metrics(update) | {"counters": dict(counters)} | clock.metrics()
         if cfg.rollouts_every and step % cfg.rollouts_every == 0 and rank() == 0:
             records = records_of(step + 1, sampled.generated, tasks)
             runs.append(run.out_dir / "rollouts.jsonl", records)
@@ -410,7 +419,6 @@ class Training:
     progress: runs.Progress = field(default_factory=runs.Progress)
     after: float | None = None  # the last held-out pass rate
     starved: int = 0  # steps in a row in which no group has variance
-    checked_thoughts: bool = False  # at the first step: does the policy write delimiters?
 
 
 def set_up(cfg: Config) -> Training:
@@ -431,10 +439,8 @@ def set_up(cfg: Config) -> Training:
     eval_prompts = encode_all(tokenizer, eval_problems, context, cfg.eval_data)
     n_parameters = sum(p.numel() for p in model.parameters())
     copy_on = device if sharded else None
-    engine = make_engine(
-        cfg.engine, cfg.model, model, tokenizer, context, cfg.max_rows, cfg.engine_memory, cfg.tp,
-        copy_on,
-    )  # fmt: skip
+    limits = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_on)
+    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **limits)
     if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
         raise UserError(
             "--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not "
@@ -468,10 +474,7 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     isolation = check_machine(train_problems + eval_problems)
     if rank() == 0:
         if cfg.top_p < 1:
-            print(
-                f"warning: --top_p {cfg.top_p} samples from a truncated policy, but the gradient is "
-                "the whole policy's: it is biased"
-            )
+            print("warning: --top_p below 1 biases the gradient, which is the whole policy's")
         if isolation:
             print(isolation)
     return train_problems, eval_problems
@@ -485,15 +488,12 @@ def new_out_dir(cfg: Config) -> str:
 
 def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
     """Makes the loaded model the one that is trained, in place: adapters, checkpointing, shards."""
-    blocks = model._no_split_modules or ()
-    layers = [module for module in model.modules() if type(module).__name__ in blocks]
     if cfg.lora_rank:
         add_adapters(model, cfg.lora_rank)
     if cfg.grad_checkpointing:
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        checkpoint_layers(model)
     if sharded:
-        shard(model, layers, device, chosen_logps)
+        shard(model, layers_of(model), device, chosen_logps)
 
 
 def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> None:
@@ -520,26 +520,7 @@ def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> Non
             print(f"step 0: held-out pass rate {run.after:.3f}")
 
 
-# ------------------------------------------------------------------------------------ the step line
-
-
-def step_line(
-    run: Training,
-    sampled: Sampled,
-    rollouts: list[Rollout],
-    tasks: list[Task],
-    update: Update | None,
-    clock: Clock,
-) -> dict:
-    """One line of metrics.jsonl, without the evaluation. See data/metrics.py."""
-    line = {"step": run.progress.step, "total_tokens": run.progress.total_tokens}
-    line |= step_metrics(rollouts, sampled.generated, tasks)
-    line |= update_metrics(update)
-    line["counters"] = dict(counters)
-    line["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
-    if run.device.type == "cuda":  # of this process's trainer, at most so far
-        line["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return line
+# --------------------------------------------------------------------------------- the end of a step
 
 
 def evaluate_log_and_save(run: Training, bar: tqdm, line: dict, last: bool) -> None:
@@ -573,11 +554,10 @@ def warn(run: Training, bar: tqdm, line: dict) -> None:
     if run.starved and run.starved % 5 == 0:
         text = "warning: no group had variance for {} steps: all rewards are alike. {}"
         say(bar, text.format(run.starved, "Use easier problems or a better policy."))
-    if not run.checked_thoughts and run.cfg.prefixes and line["thoughts"] < 1.5:
+    if line["step"] == 1 and run.cfg.prefixes and line["thoughts"] < 1.5:
         text = "warning: {:.1f} thoughts a response: the policy hardly writes {}, {}"
         advice = "so a reset starts over. See README, Your own model."
         say(bar, text.format(line["thoughts"], DELIMITER, advice))
-    run.checked_thoughts = True
 
 
 def say_goodbye(run: Training, stopped: bool, seconds: float) -> None:
@@ -609,7 +589,7 @@ class Help(ArgumentDefaultsHelpFormatter):
 
 
 def parse(argv: list[str]) -> Config:
-    """Config from the command line; with --resume from the run, whose settings flags may not change."""
+    """Config from the command line; with --resume it is the run's, and other flags must agree."""
     parser = HfArgumentParser(
         GROUPS,
         description="Trains a policy with SRPO, RRPO or GRPO. See README.md.",

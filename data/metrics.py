@@ -12,6 +12,7 @@ from itertools import chain
 from time import perf_counter
 
 import numpy as np
+import torch
 
 from rollout import Rollout, Task, grouped
 
@@ -57,7 +58,7 @@ class Update:
 
 
 def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]) -> dict:
-    """What can be read from the records of one step. Rates in [0, 1]; None where there is nothing."""
+    """What can be read from the records of one step."""
     base_groups, suffix_groups = [], []
     for (_, k), members in grouped(rollouts).items():
         (base_groups if k == 0 else suffix_groups).append(members)
@@ -153,3 +154,10 @@ class Clock:
         now = perf_counter()
         self.seconds[phase] += now - self.at
         self.at = now
+
+    def metrics(self) -> dict:
+        """Seconds by phase, and on a GPU the most memory that this process's trainer had so far."""
+        metrics = {"seconds": {phase: round(s, 4) for phase, s in self.seconds.items()}}
+        if torch.cuda.is_available():
+            metrics["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return metrics

@@ -9,9 +9,11 @@ Left out: few-shot prompts and system messages.
 Try it alone:  python -m data.policies    # the prompt of a problem, as the embedded policy reads it
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -25,7 +27,7 @@ EMBEDDED = Path(__file__).resolve().parent / "policy"
 
 
 def policy_source(name: str | Path) -> str:
-    """What transformers loads for --model: the folder of the policy called "embedded", else name."""
+    """What transformers loads for --model: a folder or hub id; "embedded" is data/policy."""
     return str(EMBEDDED) if name == "embedded" else str(name)
 
 
@@ -74,6 +76,18 @@ def add_adapters(model, lora_rank: int) -> None:
             parameter.data = parameter.data.float()
 
 
+def layers_of(model) -> list[torch.nn.Module]:
+    """The transformer layers of a model, in order."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def checkpoint_layers(model) -> None:
+    """Keeps only each layer's input for the backward, which runs the layer again; in place."""
+    for layer in layers_of(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
 # ------------------------------------------------------------------------------------------ prompts
 
 INSTRUCTION = f"""{{question}}
@@ -88,7 +102,7 @@ def locate_token(tokenizer) -> int | None:
 
 
 def encode_question(tokenizer, problem: Problem) -> list[int]:
-    """Prompt token ids x0: the bare question for a terse policy, else with the format instruction."""
+    """Prompt token ids x0. A terse policy reads the bare question, others an instruction too."""
     if locate_token(tokenizer) is not None:
         return tokenizer(problem.question)["input_ids"]
     ending = KINDS[problem.kind].ending

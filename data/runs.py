@@ -166,7 +166,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
-    """The newest checkpoint, None if there is none yet. Raises UserError if a file of it is damaged."""
+    """The newest checkpoint, or None. Raises UserError if a file of it is damaged."""
     found = checkpoints(out_dir)
     if not found:
         return None
