@@ -1,8 +1,17 @@
-"""Tokens per second of the engines, beside transformers' own generate, and of a step's gradient, beside one that shares no states. Not a
-test: machines and their neighbours differ, so read the ratios.
+"""Speed of the engines and of the gradient, in tokens per second.
 
-    python tests/speed.py --repeats 5                                            # the embedded policy
-    python tests/speed.py --layers 8 --problems 16 --samples 4 --repeats 3       # a policy with random weights
+The engines are compared with transformers' own `generate`: the same prompts, and the same stops
+(those of the embedded policy). The gradient of an SRPO step is compared with one that does not
+share prompts and reset states between rollouts. With vLLM also: an SRPO step with and without a
+barrier between its phases, and the time of a weight sync. Contenders take turns, so read the
+ratios: machines differ, and so does what else runs on them.
+
+    python -m tests.speed --repeats 5                    # the embedded policy
+    python -m tests.speed --layers 8 --problems 16 --samples 4 --repeats 3     # random weights
+
+Left out: memory, and more than one process or GPU.
+
+Try it alone:  python -m tests.speed --data chain-4 --problems 4 --samples 2 --repeats 1
 """
 
 import argparse
@@ -10,7 +19,10 @@ import copy
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -20,171 +32,275 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # for `python tests/speed.py`
 
 from data.tasks import load_problems  # noqa: E402
 from data.verifiers import DELIMITER  # noqa: E402
 from eval import make_tasks  # noqa: E402
 from loss import backward, set_advantages  # noqa: E402
-from rollout import HFEngine, load_policy, make_engine, resets, run_programs  # noqa: E402
+from rollout import (  # noqa: E402
+    HFEngine,
+    Rollout,
+    Task,
+    load_policy,
+    make_engine,
+    resets,
+    run_programs,
+)
 from srpo import parse  # noqa: E402
 
 
-def speed(args) -> None:
-    """Generated tokens per second of the engines and of transformers' generate: same prompts, same stops (of the embedded policy), in turns.
-    Trained tokens per second of the gradient of a step of SRPO, whose prompts and reset states are run once for a group, or for each row.
-    With vLLM also: a step of SRPO with and without a barrier between its phases, and the time of a weight sync."""
+@dataclass
+class Workload:
+    """What is measured, and on what."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    engine: object  # what --engine chose
+    tasks: list[Task]
+    samples: int  # responses for each task
+    longest: int = 0  # generated tokens of the longest response so far: the limit of `generate`
+
+
+def open_workload(args) -> Workload:
+    """Loads or makes the policy, builds the engine and the tasks."""
     with tempfile.TemporaryDirectory() as folder:
+        source = args.model
         if args.layers:
             save_random_policy(folder, args.model, args.layers, args.width)
-        model, tokenizer = load_policy(folder if args.layers else args.model)
+            source = folder
+        model, tokenizer = load_policy(source)
         context = model.config.max_position_embeddings
-        engine = make_engine(
-            args.engine,
-            folder if args.layers else args.model,
-            model,
-            tokenizer,
-            context,
-            max_rows=256,
-        )
+        engine = make_engine(args.engine, source, model, tokenizer, context, max_rows=256)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tasks = make_tasks(load_problems(args.data, seed=1)[: args.problems], tokenizer, engine, context, base=4, prefixes=1, suffixes=4, seed_source="base",
-                       seed_choice="first", max_seed_draws=8, localize_tokens=256, max_tokens_per_thought=16)  # fmt: skip
-    prompts = [t.prompt_ids for t in tasks for _ in range(args.samples)]
+    model.eval()
+    problems = load_problems(args.data, seed=1)[: args.problems]
+    settings = {
+        "base": 4,
+        "prefixes": 1,
+        "suffixes": 4,
+        "seed_source": "base",
+        "seed_choice": "first",
+        "max_seed_draws": 8,
+        "localize_tokens": 256,
+        "max_tokens_per_thought": 16,
+    }
+    tasks = make_tasks(problems, tokenizer, engine, context, **settings)
+    return Workload(model, tokenizer, engine, tasks, args.samples)
+
+
+def save_random_policy(folder: str, tokenizer_source: str, layers: int, width: int) -> None:
+    """Saves a Llama with random weights and the tokenizer of another policy."""
+    _, tokenizer = load_policy(tokenizer_source)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=int(2.75 * width),
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ------------------------------------------------------- contenders; each returns tokens it handled
+
+
+def sample_base_groups(work: Workload, engine) -> int:
+    """Samples every task's base group with an engine."""
+    groups = engine.sample([task.request("base", work.samples) for task in work.tasks])
+    lengths = []
+    for group in groups:
+        lengths += [rollout.generated for rollout in group]
+    work.longest = max(lengths)
+    return sum(lengths)
+
+
+def sample_with_hf(work: Workload) -> int:
+    # A new engine each time: it sets its attention, which `generate_plainly` sets back.
+    return sample_base_groups(work, HFEngine(work.model, work.tokenizer))
+
+
+def padded_prompts(work: Workload) -> torch.Tensor:
+    """The prompt of each response, padded on the left: [rows, width]."""
+    pad_id = work.tokenizer.pad_token_id
+    prompts = []
+    for task in work.tasks:
+        prompts += [task.prompt_ids] * work.samples
     width = max(map(len, prompts))
-    ids = torch.tensor(
-        [[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device
-    )
-    mask = (ids != tokenizer.pad_token_id).long()
-    end = torch.tensor(
-        [tokenizer.convert_tokens_to_ids(word) for word in ("}", DELIMITER)], device=model.device
-    )
-    sampling = dict(
+    padded = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    return torch.tensor(padded, device=work.model.device)
+
+
+def generate_plainly(work: Workload, prompts: torch.Tensor) -> int:
+    """Samples the same base groups with transformers' generate; prompts [rows, width]."""
+    pad_id = work.tokenizer.pad_token_id
+    end = [work.tokenizer.convert_tokens_to_ids(word) for word in ("}", DELIMITER)]
+    end = torch.tensor(end, device=work.model.device)
+
+    def answered(ids, scores, **_):  # [rows] bool
+        return (ids[:, -2:] == end).all(1)
+
+    work.model.set_attn_implementation("sdpa")  # transformers' usual one
+    out = work.model.generate(
+        prompts,
+        attention_mask=(prompts != pad_id).long(),
+        max_new_tokens=work.longest,
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        stopping_criteria=StoppingCriteriaList([lambda ids, _, **kw: (ids[:, -2:] == end).all(1)]),
+        stopping_criteria=StoppingCriteriaList([answered]),
     )
-    longest = 0
+    return int((out[:, prompts.shape[1] :] != pad_id).sum())
 
-    def sample(engine):
-        nonlocal longest
-        rollouts = [
-            r
-            for group in engine.sample([t.request("base", args.samples) for t in tasks])
-            for r in group
-        ]
-        longest = max(r.generated for r in rollouts)
-        return sum(r.generated for r in rollouts)
 
-    def generate():
-        model.set_attn_implementation("sdpa")  # as transformers has it; an HFEngine sets its own
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=longest, **sampling)
-        return int((out[:, width:] != tokenizer.pad_token_id).sum())
-
-    def step(engine):
-        for i, task in enumerate(tasks):
-            task.rng = np.random.default_rng(i)  # the same step each time
-        if engine.name == "vllm":
-            engine.llm.reset_prefix_cache()
-        return sum(r.generated for r in run_programs([resets(t) for t in tasks], engine).generated)
-
-    def gradient(rows):
-        model.zero_grad()
-        with (
-            patch("loss.DynamicCache", lambda config: SimpleNamespace(layers=["not shared"]))
-            if rows == "whole"
-            else nullcontext()
-        ):
-            return backward(
-                model, buffer, len(buffer), tokenizer.pad_token_id, parse(["--micro_batch", "16"])
-            )["tokens"]
-
-    hf = HFEngine(model, tokenizer)
-    buffer = [r for group in run_programs([resets(t) for t in tasks], hf).results for r in group]
-    for i, rollout in enumerate(buffer):
-        rollout.reward = i % 2  # every group has variance
-    set_advantages(buffer)
-    contenders = {"hf engine": lambda: sample(HFEngine(model, tokenizer)), "generate": generate,
-                  "gradient of a srpo step": lambda: gradient("shared"), "gradient, states not shared": lambda: gradient("whole")}  # fmt: skip
+def srpo_step(work: Workload, engine) -> int:
+    """Samples one step of SRPO; the same random numbers each time."""
+    for i, task in enumerate(work.tasks):
+        task.rng = np.random.default_rng(i)
     if engine.name == "vllm":
-        barrier = copy.copy(engine)
-        barrier.finished = lambda: [
-            answer
-            for _ in iter(lambda: bool(engine.under_way), False)
-            for answer in engine.finished()
-        ]
-        contenders |= {
-            "vllm engine": lambda: sample(engine),
-            "srpo step": lambda: step(engine),
-            "srpo step, with barriers": lambda: step(barrier),
-        }
-    speeds, syncs = {name: [] for name in contenders}, []
-    model.eval()
-    for repeat in range(args.repeats + 1):  # the first is a warm-up
+        engine.llm.reset_prefix_cache()
+    sampled = run_programs([resets(task) for task in work.tasks], engine)
+    return sum(rollout.generated for rollout in sampled.generated)
+
+
+def with_barrier(engine):
+    """A vLLM engine that gives nothing back until everything under way is finished."""
+
+    def finished():
+        answers = []
+        while engine.under_way:
+            answers += engine.finished()
+        return answers
+
+    slow = copy.copy(engine)
+    slow.finished = finished
+    return slow
+
+
+def step_to_train(work: Workload) -> list[Rollout]:
+    """The rollouts of one SRPO step, with rewards such that every group has variance."""
+    engine = HFEngine(work.model, work.tokenizer)
+    rollouts = []
+    for buffer in run_programs([resets(task) for task in work.tasks], engine).results:
+        rollouts += buffer
+    for i, rollout in enumerate(rollouts):
+        rollout.reward = i % 2
+    set_advantages(rollouts)
+    return rollouts
+
+
+def gradient(work: Workload, rollouts: list[Rollout], share_states: bool) -> int:
+    """Gradient of one step. Prompts and reset states run once for a group, or once for each row."""
+    cfg = parse(["--micro_batch", "16"])
+    work.model.zero_grad()
+    sharing = nullcontext()
+    if not share_states:  # loss.py runs whole rows where it does not know a layer's cache
+        sharing = patch("loss.DynamicCache", cache_of_unknown_layers)
+    with sharing:
+        backward(work.model, rollouts, len(rollouts), work.tokenizer.pad_token_id, cfg)
+    return sum(rollout.generated for rollout in rollouts if rollout.advantage != 0)
+
+
+def cache_of_unknown_layers(config) -> SimpleNamespace:
+    return SimpleNamespace(layers=["unknown"])
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class Timings:
+    """One number for each repeat."""
+
+    speeds: dict[str, list[float]]  # tokens/s by contender
+    syncs: list[float]  # seconds
+
+    def ratio(self, a: str, b: str) -> str:
+        """Median and range of the ratios of two contenders, turn by turn."""
+        ratios = np.array(self.speeds[a]) / np.array(self.speeds[b])
+        median = np.median(ratios)
+        return f"{a} / {b}: {median:.2f} (range {ratios.min():.2f}-{ratios.max():.2f})"
+
+
+def take_turns(work: Workload, contenders: dict[str, Callable], repeats: int) -> Timings:
+    """Times all contenders and a weight sync, in turns, after one round of warm-up."""
+    timings = Timings({name: [] for name in contenders}, [])
+    for repeat in range(repeats + 1):
         for name, contender in contenders.items():
             start = time.perf_counter()
             tokens = contender()
-            speeds[name] += [tokens / (time.perf_counter() - start)] if repeat else []
+            seconds = time.perf_counter() - start
+            if repeat > 0:
+                timings.speeds[name].append(tokens / seconds)
         start = time.perf_counter()
-        engine.sync(model.named_parameters())
-        syncs += [time.perf_counter() - start] if repeat else []
+        work.engine.sync(work.model.named_parameters())
+        if repeat > 0:
+            timings.syncs.append(time.perf_counter() - start)
+    return timings
 
-    def ratio(a, b):
-        ratios = np.array(speeds[a]) / np.array(speeds[b])
-        return f"{a} / {b}: {np.median(ratios):.2f} (range {ratios.min():.2f}-{ratios.max():.2f})"
 
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(prompts)} rows, {model.device}, {torch.get_num_threads()} threads, "
-          f"medians of {args.repeats} in turns")  # fmt: skip
-    for name in contenders:
-        print(f"{name}: {np.median(speeds[name]):.0f} tokens/s")
+def speed(args) -> None:
+    """Times all contenders and prints their medians and ratios."""
+    work = open_workload(args)
+    rollouts = step_to_train(work)
+    # In this order: `generate` stops at the longest response that the engine before it sampled.
+    contenders = {
+        "hf engine": partial(sample_with_hf, work),
+        "generate": partial(generate_plainly, work, padded_prompts(work)),
+        "gradient of a srpo step": partial(gradient, work, rollouts, share_states=True),
+        "gradient, states not shared": partial(gradient, work, rollouts, share_states=False),
+    }
+    pairs = [
+        ("hf engine", "generate"),
+        ("gradient of a srpo step", "gradient, states not shared"),
+    ]
+    if work.engine.name == "vllm":
+        barrier = with_barrier(work.engine)
+        contenders["vllm engine"] = partial(sample_base_groups, work, work.engine)
+        contenders["srpo step"] = partial(srpo_step, work, work.engine)
+        contenders["srpo step, with barriers"] = partial(srpo_step, work, barrier)
+        pairs.append(("vllm engine", "hf engine"))
+        pairs.append(("srpo step", "srpo step, with barriers"))
+    timings = take_turns(work, contenders, args.repeats)
+
+    parameters = sum(parameter.numel() for parameter in work.model.parameters())
     print(
-        f"{ratio('hf engine', 'generate')}\n{ratio('gradient of a srpo step', 'gradient, states not shared')}"
+        f"{parameters / 1e6:.2f} M parameters, {len(work.tasks) * work.samples} rows, "
+        f"{work.model.device}, {torch.get_num_threads()} threads, "
+        f"medians of {args.repeats} in turns"
     )
-    if engine.name == "vllm":
-        print(
-            f"{ratio('vllm engine', 'hf engine')}\n{ratio('srpo step', 'srpo step, with barriers')}\nweight sync: {1000 * np.median(syncs):.0f} ms"
-        )
-
-
-def save_random_policy(folder: str, tokenizer: str, layers: int, width: int) -> None:
-    """A Llama with random weights and the tokenizer of another policy: of a size to measure, and with nothing to say."""
-    words = load_policy(tokenizer)[1]
-    ends = dict(
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-        bos_token_id=words.bos_token_id,
-    )
-    config = LlamaConfig(vocab_size=len(words), hidden_size=width, intermediate_size=int(2.75 * width), num_hidden_layers=layers, num_attention_heads=width // 64,
-                         head_dim=64, max_position_embeddings=1024, tie_word_embeddings=False, **ends)  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(folder)
+    for name, speeds in timings.speeds.items():
+        print(f"{name}: {np.median(speeds):.0f} tokens/s")
+    for a, b in pairs:
+        print(timings.ratio(a, b))
+    if work.engine.name == "vllm":
+        print(f"weight sync: {1000 * np.median(timings.syncs):.0f} ms")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Speed of the engines beside transformers' generate."
     )
-    parser.add_argument("--model", default=str(ROOT / "data" / "policy"), help="folder or hub id")
-    parser.add_argument(
-        "--engine",
-        choices=["auto", "hf", "vllm"],
-        default="auto",
-        help="vllm or auto: measure it too",
-    )
-    parser.add_argument(
-        "--layers",
-        type=int,
-        default=0,
-        help="measure a random policy of so many layers instead (0: --model itself)",
-    )
-    parser.add_argument("--width", type=int, default=512, help="its width, a multiple of 64")
-    parser.add_argument("--data", default="chain-12", help="JSON-lines file or chain-K")
-    parser.add_argument("--problems", type=int, default=32, help="prompts in the batch")
-    parser.add_argument("--samples", type=int, default=8, help="responses of each")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats, in turns")
+    option = parser.add_argument
+    option("--model", default=str(ROOT / "data" / "policy"), help="folder or hub id")
+    engines = ["auto", "hf", "vllm"]
+    option("--engine", choices=engines, default="auto", help="vllm or auto: measure vLLM too")
+    help = "layers of a random policy to measure instead (0: --model itself)"
+    option("--layers", type=int, default=0, help=help)
+    option("--width", type=int, default=512, help="width of the random policy, a multiple of 64")
+    option("--data", default="chain-12", help="JSON-lines file or chain-K")
+    option("--problems", type=int, default=32, help="prompts in the batch")
+    option("--samples", type=int, default=8, help="responses of each")
+    option("--repeats", type=int, default=5, help="timed repeats, in turns")
     speed(parser.parse_args(argv))
 
 

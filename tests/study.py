@@ -1,13 +1,18 @@
-"""The evidence: the study of the paper's claims, and what one step's gradient is made of. Run it as a module:
+"""The evidence: a study of the paper's claims, and a look into the gradient of one step.
 
-    python -m tests.study study --out runs/study            # every variant, every seed; resumable; study.md and pictures
-    python -m tests.study signal                            # signal and noise of one step's gradient, by method, before training
-    python -m tests.study anatomy --out anatomy.png         # which thoughts get credit on one problem, under GRPO and under SRPO
+    python -m tests.study study --out runs/study      # train all variants, judge the paper's claims
+    python -m tests.study signal                      # signal and noise of one step's gradient
+    python -m tests.study anatomy --out anatomy.png   # which thoughts get credit: GRPO and SRPO
 
-The study trains GRPO, RRPO and SRPO with every split, localizer and ablation of the paper at the same number of trained rollouts, after one
-sweep of learning rates with the same grid for each method, and holds each claim of the paper against a paired interval over seeds.
+`study` trains GRPO, RRPO and SRPO with the paper's splits, localizers and ablations (STUDY below).
+All variants train the same number of rollouts per step, and every method gets the same sweep of
+learning rates. Each claim of the paper is then compared with a 95% interval over seeds. The two
+variants of a claim are paired: they use the same seeds.
 
-Left out: significance tests beyond intervals, corrections for the number of claims, and any task but the one that --data names.
+Left out: significance tests beyond intervals, corrections for the number of claims (each is printed
+with its interval), and any task but the one that --data names (run the study again for another).
+
+Try it alone:  python -m tests.study signal --data chain-3 --repeats 4 --prompts 8
 """
 
 import argparse
@@ -16,8 +21,13 @@ import math
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +35,6 @@ from tqdm import tqdm
 
 from data.curves import (
     AXES,
-    PHASES,
-    Named,
     cost_table,
     draw_curves,
     final,
@@ -37,19 +45,51 @@ from data.curves import (
     spread,
 )
 from data.faults import UserError
+from data.problems import Problem
 from data.runs import read_run
 from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER
-from localize import LOCALIZERS
+from localize import LOCALIZERS, check_localizer
 from loss import backward, grouped, set_advantages, token_weights
-from rollout import PROGRAMS, HFEngine, Task, encode_question, load_policy, run_programs
-from srpo import parse
+from rollout import (
+    PROGRAMS,
+    HFEngine,
+    Rollout,
+    Sampled,
+    Task,
+    encode_question,
+    load_policy,
+    run_programs,
+)
+from srpo import Config, parse
 
 ROOT = Path(__file__).resolve().parent.parent
+POSITIVE, NEGATIVE = "#2166ac", "#b2182b"  # colours of positive and negative advantage
 
-# --------------------------------------------------------------------------------------------------------------------- study
 
-STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
+class Run(NamedTuple):
+    """One run directory as it was read."""
+
+    folder: Path
+    config: dict
+    lines: list[dict]  # of metrics.jsonl
+
+
+Named = dict[str, list[Run]]  # runs by variant, one for each seed, in the order of the seeds
+
+
+def markdown(rows: list[dict]) -> str:
+    """A markdown table; its header is the keys of the first row."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(str(cell) for cell in row.values()) + " |")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------- variants
+
+# Flags of srpo.py by name. Every variant trains 8 rollouts per prompt.
+STUDY = {
     "grpo": "--method grpo",
     "rrpo 1x4": "--method rrpo",
     "srpo 1x4": "--method srpo",
@@ -57,735 +97,1091 @@ STUDY = {  # name_of: flags of srpo.py. All train 8 rollouts a prompt
     "srpo 1x8": "--method srpo --split 1x8",
     "srpo 1x4 verifier": "--method srpo --localizer verifier",
     "srpo 1x4 oracle": "--method srpo --localizer oracle --oracle_samples 2",
-    "srpo 1x4 deepest": "--method srpo --seed_choice deepest",
     "srpo 1x4 unmasked": "--method srpo --mask_prefix false",
     "srpo 1x4 response length": "--method srpo --length response",  # ours
+    # Clipping needs two updates per buffer: with one the ratio is 1, and nothing is clipped.
     "srpo 1x4 2 updates": "--method srpo --updates 2",
-    "srpo 1x4 clipped 2 updates": "--method srpo --updates 2 --clip 0.2",  # with one update the ratio is 1: clipping would change nothing
+    "srpo 1x4 clipped 2 updates": "--method srpo --updates 2 --clip 0.2",
     "grpo clipped 2 updates": "--method grpo --updates 2 --clip 0.2",
 }
-GRID = (
-    2.5e-4,
-    5e-4,
-    1e-3,
-)  # learning rates, the same for every method; ablations take their method's, divided by their updates for each buffer
+SIGNAL_VARIANTS = [
+    "grpo",
+    "rrpo 1x4",
+    "srpo 1x4",
+    "srpo 1x8",
+    "srpo 2x4",
+    "srpo 1x4 verifier",
+    "srpo 1x4 response length",
+]
+DRAWN_VARIANTS = [  # in study.png; more curves would hide each other
+    "grpo",
+    "rrpo 1x4",
+    "srpo 1x4",
+    "srpo 1x4 verifier",
+    "srpo 1x4 clipped 2 updates",
+    "grpo clipped 2 updates",
+]
+GRID = [2.5e-4, 5e-4, 1e-3]  # learning rates of the sweep, the same for every method
+
+
+def tuned_variant(name: str) -> str:
+    """The variant whose learning rate this one takes: the plain form of its method."""
+    method = name.split()[0]
+    if method == "grpo":
+        return "grpo"
+    return f"{method} 1x4"
+
+
+# ----------------------------------------------------------------------------------------- study
+
+STUDY_CAPTION = """\
+*The last points of these curves are held-out evaluations during training. The final pass rates in
+the tables and claims are benchmarks of the last checkpoints: {problems} held-out problems, 8
+samples each.*"""
 
 
 def command_study(args) -> None:
-    """Trains all variants with all seeds, two or more side by side, and writes study.md and pictures to --out. What is there is kept: the same
-    command goes on where it stopped, and `--seeds` can be raised."""
-    settings = {
-        key: getattr(args, key)
-        for key in (
-            "model",
-            "data",
-            "steps",
-            "prompts_per_step",
-            "eval_every",
-            "grid",
-            "sweep_seeds",
-            "sweep_steps",
-            "benchmark_problems",
-            "flags",
+    """Trains all variants with all seeds and writes study.md, study.png and ablations.png to --out.
+
+    Finished runs are reused: the same command continues where it stopped, and can raise --seeds.
+    Raises UserError if --out holds a study with other settings, or if a run fails."""
+    keep_settings(args)
+    before = args.out / "before"
+    start = Job(before, [benchmark_command(args, args.model, before, run_seed=0)])
+    run_jobs([start], side_by_side=1, title="before training")
+    sweep = sweep_learning_rates(args)
+    named = train_variants(args, sweep)
+    outcomes = {}
+    for name, runs in named.items():
+        outcomes[name] = [outcome(run, args.target) for run in runs]
+    drawn = {name: named[name] for name in DRAWN_VARIANTS if name in named}
+    draw_curves(drawn, args.out / "study.png", tuple(AXES))
+    draw_ablations(named, outcomes, args.out / "ablations.png")
+
+    sections = [headline(args), "![Held-out pass rate along training](study.png)"]
+    sections.append(STUDY_CAPTION.format(problems=args.benchmark_problems))
+    if len(args.grid) > 1:
+        sections.append(
+            f"Learning rates: pass rate after {args.sweep_steps} steps, {args.sweep_seeds} seeds "
+            "(not those of the study)"
         )
-    }
+        sections.append(markdown(sweep_rows(sweep)))
+    sections.append(results_table(named, args.target))
+    against = against_grpo_rows(outcomes, args.target)
+    if against:
+        sections.append(markdown(against))
+    sections.append(cost_table(named))
+    claims = claim_rows(outcomes, args.target)
+    if claims:
+        sections.append(markdown(claims))
+    text = "\n\n".join(sections) + "\n"
+    (args.out / "study.md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"{args.out}/study.md, study.png, ablations.png")
+
+
+# Arguments that a study may change when it continues; the others are kept in settings.json.
+MAY_CHANGE = ("out", "command", "seeds", "variants", "target", "jobs")
+
+
+def keep_settings(args) -> None:
+    """Writes settings.json to --out; raises UserError if another study is there."""
+    settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+    path = args.out / "settings.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "settings.json").exists() and json.loads(
-        (args.out / "settings.json").read_text()
-    ) != settings:
+    if path.exists() and json.loads(path.read_text()) != settings:
         raise UserError(
-            f"{args.out} holds a study with other settings; choose another --out (only --seeds, --variants, --target and --jobs may change)"
+            f"{args.out} holds a study with other settings; choose another --out "
+            "(only --seeds, --variants, --target and --jobs may change)"
         )
-    (args.out / "settings.json").write_text(json.dumps(settings))
-    run_jobs(
-        [(args.out / "before", [measure(args, args.model, args.out / "before", 0)])],
-        1,
-        "before training",
+    path.write_text(json.dumps(settings))
+
+
+def sweep_learning_rates(args) -> dict[str, dict[float, list[float]]]:
+    """Final pass rates of short runs, one for each sweep seed, by method and learning rate.
+
+    A grid of one learning rate needs no runs: its list is empty."""
+    methods = list(dict.fromkeys(tuned_variant(name) for name in args.variants))
+    if len(args.grid) == 1:
+        return {method: {args.grid[0]: []} for method in methods}
+    sweep = {}
+    jobs = []
+    for method in methods:
+        sweep[method] = {}
+        for lr in args.grid:
+            sweep[method][lr] = []
+            for run_seed in range(100, 100 + args.sweep_seeds):  # not those of the study
+                folder = args.out / "sweep" / f"{method}-{lr:g}-{run_seed}".replace(" ", "-")
+                sweep[method][lr].append(folder)
+                jobs.append(run_job(args, folder, method, lr, run_seed, args.sweep_steps))
+    run_jobs(jobs, args.jobs, "learning rates")
+    for rates in sweep.values():
+        for lr, folders in rates.items():
+            rates[lr] = [final_pass_rate(load_run(folder)) for folder in folders]
+    return sweep
+
+
+def best_learning_rate(rates: dict[float, list[float]]) -> float:
+    """The learning rate with the highest mean pass rate; the only one where there is one."""
+    if len(rates) == 1:
+        return next(iter(rates))
+    means = {lr: np.mean(values) for lr, values in rates.items()}
+    return max(means, key=means.get)
+
+
+def train_variants(args, sweep: dict[str, dict[float, list[float]]]) -> Named:
+    """Trains every variant with every seed and returns the runs by variant.
+
+    An ablation takes the learning rate of its method, divided by its updates per buffer."""
+    folders = {name: [] for name in args.variants}
+    jobs = []
+    for run_seed in range(args.seeds):  # all variants of a seed first: a study cut short is paired
+        for name in args.variants:
+            lr = best_learning_rate(sweep[tuned_variant(name)])
+            lr = lr / parse(STUDY[name].split()).updates
+            folder = args.out / f"{name}-{run_seed}".replace(" ", "-")
+            folders[name].append(folder)
+            jobs.append(run_job(args, folder, name, lr, run_seed, args.steps))
+    run_jobs(jobs, args.jobs, "study")
+    named = {}
+    for name in args.variants:
+        named[name] = [load_run(folder) for folder in folders[name]]
+    return named
+
+
+def load_run(folder: Path) -> Run:
+    config, lines = read_run(folder)
+    return Run(folder, config, lines)
+
+
+def headline(args) -> str:
+    """What was run, and the pass rate before training."""
+    path = args.out / "before" / "benchmark" / "results.json"
+    start = json.loads(path.read_text())["results"][Path(args.data).stem]
+    return (
+        f"{args.seeds} seeds, {args.steps} steps of {args.prompts_per_step} prompts x 8 trained "
+        f"rollouts on {args.data}, {args.jobs} runs of one thread side by side on "
+        f"{os.cpu_count()} cores\n"
+        f"Before training: pass rate {start['mean']:.3f} ± {start['half']:.3f} (half a 95% "
+        f"interval over {start['problems']} problems), pass@8 {start['pass_at']['8']:.3f}"
     )
-    tuned = lambda name: {"grpo": "grpo", "rrpo": "rrpo 1x4"}.get(name.split()[0], "srpo 1x4")  # noqa: E731  (the method that its learning rate comes from)
-    methods = list(dict.fromkeys(map(tuned, args.variants)))
-    sweep = {(name, lr): [job(args, args.out / "sweep" / f"{name}-{lr:g}-{seed}".replace(" ", "-"), f"{STUDY[name]} --lr {lr}", seed, args.sweep_steps) for seed in range(100, 100 + args.sweep_seeds)]
-             for name in methods for lr in args.grid if len(args.grid) > 1}  # fmt: skip
-    run_jobs([job for jobs in sweep.values() for job in jobs], args.jobs, "learning rates")
-    rates = {
-        key: [final(folder, read_run(folder)[1])[0] for folder, _ in jobs]
-        for key, jobs in sweep.items()
-    }
-    best = {
-        name: max(args.grid, key=lambda lr: np.mean(rates.get((name, lr), 0))) for name in methods
-    }
-    rate = {name: best[tuned(name)] / parse(STUDY[name].split()).updates for name in args.variants}
-    runs = {
-        name: [
-            job(
-                args,
-                args.out / f"{name}-{seed}".replace(" ", "-"),
-                f"{STUDY[name]} --lr {rate[name]}",
-                seed,
-                args.steps,
-            )
-            for seed in range(args.seeds)
-        ]
-        for name in args.variants
-    }
-    run_jobs(
-        [jobs[seed] for seed in range(args.seeds) for jobs in runs.values()], args.jobs, "study"
-    )
-    named = {
-        name: [(folder, *read_run(folder)) for folder, _ in jobs] for name, jobs in runs.items()
-    }
-    draw_curves(
-        {
-            name: named[name]
-            for name in (
-                "grpo",
-                "rrpo 1x4",
-                "srpo 1x4",
-                "srpo 1x4 verifier",
-                "srpo 1x4 clipped 2 updates",
-                "grpo clipped 2 updates",
-            )
-            if name in named
-        },
-        args.out / "study.png",
-        tuple(AXES),
-    )
-    draw_diagnostics(named, args.out / "ablations.png")
-    start = json.loads((args.out / "before" / "benchmark" / "results.json").read_text())["results"][
-        Path(args.data).stem
-    ]
-    lines = [f"{args.seeds} seeds, {args.steps} steps of {args.prompts_per_step} prompts x 8 trained rollouts on {args.data}, {args.jobs} runs of one thread side by side on {os.cpu_count()} cores",
-             f"Before training: pass rate {start['mean']:.3f} ± {start['half']:.3f} (half a 95% interval over {start['problems']} problems), pass@8 {start['pass_at']['8']:.3f}"]  # fmt: skip
-    if sweep:
-        lines += [
-            "",
-            f"Learning rates, held-out pass rate after {args.sweep_steps} steps, {args.sweep_seeds} seeds (not those of the study):",
-            "",
-            "| |" + "".join(f" {lr:g} |" for lr in args.grid),
-            "|---" * (1 + len(args.grid)) + "|",
-        ]
-        lines += [
-            f"| {name} |" + "".join(f" {spread(rates[name, lr], '.3f')} |" for lr in args.grid)
-            for name in methods
-        ]
-    lines += [
-        "",
-        results_table(named, args.target),
-        "",
-        against_grpo(named, args.target),
-        "",
-        cost_table(named),
-        "",
-        claims_table(named, args.target),
-    ]
-    (args.out / "study.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-    print(f"\n{args.out}/study.md, study.png, ablations.png")
 
 
-def job(args, folder: Path, flags: str, seed: int, steps: int) -> tuple[Path, list[list[str]]]:
-    """(run directory, commands that make it: the training, and a benchmark of its last checkpoint)."""
-    common = (f"--steps {steps} --seed {seed} --train_data {args.data} --eval_data {args.data} --prompts_per_step {args.prompts_per_step} --engine hf "
-              f"--eval_every {args.eval_every} --save_every 25 {args.flags}")  # fmt: skip
-    new = [*flags.split(), *common.split(), "--model", args.model, "--out_dir", str(folder)]
-    train = [
-        sys.executable,
-        str(ROOT / "srpo.py"),
-        *(["--resume", str(folder)] if (folder / "config.json").exists() else new),
-    ]
-    return folder, [train, measure(args, folder / "checkpoints" / f"step_{steps}", folder, seed)]
+def sweep_rows(sweep: dict[str, dict[float, list[float]]]) -> list[dict]:
+    """The sweep as table rows: one for each method, one column for each learning rate."""
+    rows = []
+    for method, rates in sweep.items():
+        row = {"method": method}
+        for lr, values in rates.items():
+            row[f"{lr:g}"] = spread(values, ".3f")
+        rows.append(row)
+    return rows
 
 
-def measure(args, model, folder: Path, seed: int) -> list[str]:
-    """The command that benchmarks a policy, pass@1 and pass@8 at T = 1, into FOLDER/benchmark."""
-    limits = vars(parse(args.flags.split()))
-    return [sys.executable, str(ROOT / "eval.py"), "benchmark", "--model", str(model), "--data", args.data, "--n", "8", "--temperature", "1", "--problems",
-            str(args.benchmark_problems), "--seed", str(seed), "--engine", "hf", "--out", str(folder / "benchmark"),
-            *(part for key in ("max_thoughts", "max_tokens_per_thought", "max_rows") for part in (f"--{key}", str(limits[key])))]  # fmt: skip
+# ------------------------------------------------------------------------------------------ jobs
 
 
-def run_jobs(jobs: list[tuple[Path, list[list[str]]]], side_by_side: int, name: str) -> None:
-    """Runs the commands of the jobs that are not finished. What they print is in FOLDER.log. Raises UserError for the first that fails."""
-    todo = [
-        (folder, commands)
-        for folder, commands in jobs
-        if not (folder / "benchmark" / "results.json").exists()
-    ]
+@dataclass
+class Job:
+    """A run directory and the commands that fill it; the last one writes its benchmark."""
+
+    folder: Path
+    commands: list[list[str]]
+
+
+def run_job(args, folder: Path, name: str, lr: float, run_seed: int, steps: int) -> Job:
+    """Trains a variant, then benchmarks its last checkpoint. A run that was cut off is resumed."""
+    train = [sys.executable, str(ROOT / "srpo.py")]
+    if (folder / "config.json").exists():
+        train += ["--resume", str(folder)]
+    else:
+        train += STUDY[name].split()
+        train += ["--lr", str(lr), "--steps", str(steps), "--seed", str(run_seed)]
+        train += ["--train_data", args.data, "--eval_data", args.data, "--engine", "hf"]
+        train += ["--prompts_per_step", str(args.prompts_per_step)]
+        train += ["--eval_every", str(args.eval_every), "--save_every", "25"]
+        train += args.flags.split()
+        train += ["--model", args.model, "--out_dir", str(folder)]
+    checkpoint = folder / "checkpoints" / f"step_{steps}"
+    return Job(folder, [train, benchmark_command(args, checkpoint, folder, run_seed)])
+
+
+def benchmark_command(args, model: Path | str, folder: Path, run_seed: int) -> list[str]:
+    """Command that writes pass@1 and pass@8 of a policy at T = 1 to FOLDER/benchmark."""
+    cfg = parse(args.flags.split())  # responses may get as long as in training
+    command = [sys.executable, str(ROOT / "eval.py"), "benchmark"]
+    command += ["--model", str(model), "--data", args.data, "--engine", "hf"]
+    command += ["--n", "8", "--temperature", "1", "--seed", str(run_seed)]
+    command += ["--problems", str(args.benchmark_problems), "--out", str(folder / "benchmark")]
+    command += ["--max_thoughts", str(cfg.max_thoughts)]
+    command += ["--max_tokens_per_thought", str(cfg.max_tokens_per_thought)]
+    command += ["--max_rows", str(cfg.max_rows)]
+    return command
+
+
+def run_jobs(jobs: list[Job], side_by_side: int, title: str) -> None:
+    """Runs all jobs that have no benchmark yet. Raises UserError for the first that fails."""
+    todo = []
+    for job in jobs:
+        if not (job.folder / "benchmark" / "results.json").exists():
+            todo.append(job)
     if not todo:
         return
-
-    def run(folder: Path, commands: list[list[str]]) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        log = folder.parent / f"{folder.name}.log"
-        for command in commands:
-            with log.open("a") as file:
-                done = subprocess.run(
-                    command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
-                )
-            if done.returncode:
-                raise UserError(f"{folder} failed; see {log}")
-
     with ThreadPoolExecutor(side_by_side) as pool:
-        running = [pool.submit(run, *item) for item in todo]
+        running = [pool.submit(run_commands, job) for job in todo]
+        bar = tqdm(as_completed(running), total=len(todo), desc=title, unit="run")
         try:
-            for finished in tqdm(
-                as_completed(running), total=len(running), desc=name, unit="run", dynamic_ncols=True
-            ):
+            for finished in bar:
                 finished.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def last(run: Path, lines: list[dict]) -> float:
-    """Final pass rate of a run."""
-    return final(run, lines)[0]
+def run_commands(job: Job) -> None:
+    """Runs the commands of a job, one after the other; their output goes to FOLDER.log."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = job.folder.parent / f"{job.folder.name}.log"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # jobs share the cores
+    for command in job.commands:
+        with log.open("a") as file:
+            done = subprocess.run(command, stdout=file, stderr=file, env=environment)
+        if done.returncode != 0:
+            raise UserError(f"{job.folder} failed; see {log}")
 
 
-def difference(pairs: np.ndarray) -> float:  # [seeds, 2]
+# ---------------------------------------------------------------------------------------- claims
+
+
+@dataclass
+class Outcome:
+    """What one run achieved, and what it cost."""
+
+    final: float  # pass rate at the end
+    reached: bool  # whether the held-out pass rate reached the target
+    steps: float  # to the target; where it was not reached all steps, a lower bound
+    tokens: float  # generated, to the target; a lower bound likewise
+    sampling: float  # seconds spent sampling
+    clean: float  # pass rate of suffixes after a prefix without an error; nan: none was seen
+    erroneous: float  # pass rate of suffixes after a prefix with an error; nan: none was seen
+
+
+SAMPLING_PHASES = ("base", "seed", "localization", "suffix", "oracle")
+
+
+def outcome(run: Run, target: float) -> Outcome:
+    """Reads a run's outcome from its benchmark and its step lines."""
+    steps = first_reach(run.lines, target, "step")
+    tokens = first_reach(run.lines, target, "total_tokens")
+    reached = not np.isnan(steps)
+    if not reached:
+        steps = run.lines[-1]["step"]
+        tokens = run.lines[-1]["total_tokens"]
+    sampling = 0.0
+    for line in run.lines:
+        for phase in SAMPLING_PHASES:
+            sampling += line.get("seconds", {}).get(phase, 0)
+    return Outcome(
+        final=final_pass_rate(run),
+        reached=reached,
+        steps=steps,
+        tokens=tokens,
+        sampling=sampling,
+        clean=mean_of([line.get("pass_suffix_clean") for line in run.lines]),
+        erroneous=mean_of([line.get("pass_suffix_erroneous") for line in run.lines]),
+    )
+
+
+def final_pass_rate(run: Run) -> float:
+    """Benchmarked pass rate of the last checkpoint."""
+    return final(run.folder, run.lines)[0]
+
+
+def mean_of(values: list) -> float:
+    """Mean of the values that are known (neither None nor nan); nan if none is."""
+    known = [value for value in values if value is not None and not np.isnan(value)]
+    if not known:
+        return float("nan")
+    return float(np.mean(known))
+
+
+def difference(pairs: np.ndarray) -> float:
+    """Mean of the first column minus mean of the second; pairs [seeds, 2]."""
     return pairs[:, 0].mean() - pairs[:, 1].mean()
 
 
 def ratio(pairs: np.ndarray) -> float:
+    """Mean of the first column over mean of the second; pairs [seeds, 2]."""
     return pairs[:, 0].mean() / pairs[:, 1].mean()
 
 
-def reached(key: str, target: float):
-    """(run, lines) -> the value of `key` at which the target was reached; that of the last step where it was not, which is then a lower bound."""
-    return lambda run, lines: np.nan_to_num(first_reach(lines, target, key), nan=lines[-1][key])
+@dataclass
+class Estimate:
+    """A statistic and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def against_grpo(named: Named, target: float) -> str:
-    """Every variant beside GRPO, paired by seed: final pass rate minus GRPO's, and how many times fewer steps and tokens it needs to the target."""
-    rows = [
-        f"| against grpo, 95% interval | final pass rate, difference | steps to {target}: grpo / it | generated tokens: grpo / it | seeds that reached {target} |",
-        "|---" * 5 + "|",
-    ]
-    for name in named:
-        if name != "grpo" and "grpo" in named:
-            read = (
-                (last, lambda x: -difference(x)),
-                (reached("step", target), ratio),
-                (reached("total_tokens", target), ratio),
-            )
-            pairs = [
-                [(value(*g[::2]), value(*x[::2])) for g, x in zip(named["grpo"], named[name])]
-                for value, _ in read
-            ]
-            cells = [
-                "{:.3f} ({:.3f} to {:.3f})".format(*interval(pair, statistic))
-                for pair, (_, statistic) in zip(pairs, read)
-            ]
-            count = sum(
-                not np.isnan(first_reach(lines, target, "step")) for _, _, lines in named[name]
-            )
-            rows.append(f"| {name} | {' | '.join(cells)} | {count} of {len(named[name])} |")
-    return "\n".join(rows)
+def estimate(pairs: np.ndarray, statistic: Callable) -> Estimate:
+    """Paired bootstrap over the rows of `pairs` [n, 2]; the bounds are nan for one row."""
+    value, low, high = interval(pairs, statistic)
+    return Estimate(value, low, high)
 
 
-def claims_table(named: Named, target: float) -> str:
-    """The paper's claims against this study: a claim is reproduced where the 95% interval of its number lies inside what it says, not
-    reproduced where it lies outside, unclear where it does both. Intervals: paired bootstrap over seeds."""
-    sampling = lambda run, lines: sum(
-        x["seconds"].get(phase, 0) for x in lines if "seconds" in x for phase in PHASES[:5]
-    )  # noqa: E731
-    steps, tokens = reached("step", target), reached("total_tokens", target)
+@dataclass
+class Claim:
+    """A statement about two variants: statistic(first, second) lies between low and high.
 
-    def correction(key):  # mean over steps of the pass rate of suffixes from such a prefix
-        return lambda run, lines: np.mean(
-            [x[key] for x in lines if x.get(key) is not None] or [np.nan]
+    By default the first variant ends above the second."""
+
+    text: str
+    first: str
+    second: str
+    measure: str = "final"  # a field of Outcome
+    second_measure: str | None = None  # of the second variant, where it is another one
+    statistic: Callable = difference
+    low: float = 0.0
+    high: float = math.inf
+
+
+CLAIMS = [
+    Claim("SRPO ends above RRPO", "srpo 1x4", "rrpo 1x4"),
+    Claim("SRPO ends above GRPO", "srpo 1x4", "grpo"),
+    Claim(
+        "RRPO ends about where GRPO does (within 0.05)", "rrpo 1x4", "grpo", low=-0.05, high=0.05
+    ),
+    Claim(
+        "SRPO reaches {target} in half the steps of GRPO or fewer (ratio)",
+        "grpo",
+        "srpo 1x4",
+        measure="steps",
+        statistic=ratio,
+        low=2,
+    ),
+    Claim(
+        "... and at half of all generated tokens (ratio)",
+        "grpo",
+        "srpo 1x4",
+        measure="tokens",
+        statistic=ratio,
+        low=2,
+    ),
+    Claim(
+        "a clean prefix is corrected about twice as often as an erroneous one "
+        "(ratio, at least 1.5)",
+        "srpo 1x4",
+        "srpo 1x4",
+        measure="clean",
+        second_measure="erroneous",
+        statistic=ratio,
+        low=1.5,
+    ),
+    Claim("1x4 ends above 2x4", "srpo 1x4", "srpo 2x4"),
+    Claim("1x4 ends above 1x8", "srpo 1x4", "srpo 1x8"),
+    Claim("masking the prefix helps", "srpo 1x4", "srpo 1x4 unmasked"),
+    Claim(
+        "unclipped ends above clipped (two updates each)",
+        "srpo 1x4 2 updates",
+        "srpo 1x4 clipped 2 updates",
+    ),
+    Claim(
+        "ours: SRPO ends above GRPO, both clipped with two updates",
+        "srpo 1x4 clipped 2 updates",
+        "grpo clipped 2 updates",
+    ),
+    Claim(
+        "resets cost more sampling time than GRPO (ratio)",
+        "srpo 1x4",
+        "grpo",
+        measure="sampling",
+        statistic=ratio,
+        low=1,
+    ),
+    Claim(
+        "ours: dividing by the length of the whole response helps",
+        "srpo 1x4 response length",
+        "srpo 1x4",
+    ),
+    Claim("ours: the exact localizer ends above the policy's own", "srpo 1x4 verifier", "srpo 1x4"),
+]
+
+
+def claim_rows(outcomes: dict[str, list[Outcome]], target: float) -> list[dict]:
+    """Table rows: each claim whose variants were run, its measured number and the verdict."""
+    rows = []
+    for claim in CLAIMS:
+        if claim.first not in outcomes or claim.second not in outcomes:
+            continue
+        pairs = paired(
+            outcomes[claim.first],
+            outcomes[claim.second],
+            claim.measure,
+            claim.second_measure or claim.measure,
         )
-
-    more, faster = (0, np.inf), (2, np.inf)
-    clean, erroneous = correction("pass_suffix_clean"), correction("pass_suffix_erroneous")
-    claims = [
-        ("SRPO ends above RRPO", "srpo 1x4", last, "rrpo 1x4", last, difference, more),
-        ("SRPO ends above GRPO", "srpo 1x4", last, "grpo", last, difference, more),
-        ("RRPO ends about where GRPO does (within 0.05)", "rrpo 1x4", last, "grpo", last, difference, (-0.05, 0.05)),
-        (f"SRPO reaches {target} in half the steps of GRPO or fewer (ratio)", "grpo", steps, "srpo 1x4", steps, ratio, faster),
-        ("... and at half of all generated tokens (ratio)", "grpo", tokens, "srpo 1x4", tokens, ratio, faster),
-        ("a clean prefix is corrected about twice as often as an erroneous one (ratio, at least 1.5)", "srpo 1x4", clean, "srpo 1x4", erroneous, ratio, (1.5, np.inf)),
-        ("1x4 ends above 2x4", "srpo 1x4", last, "srpo 2x4", last, difference, more),
-        ("1x4 ends above 1x8", "srpo 1x4", last, "srpo 1x8", last, difference, more),
-        ("masking the prefix helps", "srpo 1x4", last, "srpo 1x4 unmasked", last, difference, more),
-        ("unclipped ends above clipped (two updates each)", "srpo 1x4 2 updates", last, "srpo 1x4 clipped 2 updates", last, difference, more),
-        ("ours: SRPO ends above GRPO, both clipped with two updates", "srpo 1x4 clipped 2 updates", last, "grpo clipped 2 updates", last, difference, more),
-        ("resets cost more sampling time than GRPO (ratio)", "srpo 1x4", sampling, "grpo", sampling, ratio, (1, np.inf)),
-        ("ours: dividing by the length of the whole response helps", "srpo 1x4 response length", last, "srpo 1x4", last, difference, more),
-        ("ours: the exact localizer ends above the policy's own", "srpo 1x4 verifier", last, "srpo 1x4", last, difference, more),
-        ("ours: the deepest seed ends above the first", "srpo 1x4 deepest", last, "srpo 1x4", last, difference, more),
-    ]  # fmt: skip
-    rows = ["| claim | measured, 95% interval | verdict |", "|---|---|---|"]
-    for text, a, read_a, b, read_b, statistic, (low, high) in claims:
-        if a in named and b in named:
-            pairs = np.array(
-                [(read_a(*x[::2]), read_b(*y[::2])) for x, y in zip(named[a], named[b])]
-            )
-            if not np.isfinite(pairs).all() or statistic is ratio and not (pairs[:, 1] > 0).all():
-                rows.append(f"| {text} | too rare to measure | unclear |")
-                continue
-            value, least, most = interval(pairs, statistic)
-            verdict = (
-                "reproduced"
-                if low < least and most < high
-                else "not reproduced"
-                if most < low or least > high
-                else "unclear"
-            )
-            missed = (
-                sum(
-                    np.isnan(first_reach(lines, target, "step"))
-                    for name in {a, b}
-                    for _, _, lines in named[name]
-                )
-                if read_a in (steps, tokens)
-                else 0
-            )
-            rows.append(
-                f"| {text} | {value:.3f} ({least:.3f} to {most:.3f}){f'; {missed} runs did not reach it and count as the last step' if missed else ''} | {verdict} |"
-            )
-    return "\n".join(rows)
+        if measurable(pairs, claim.statistic):
+            measured = estimate(pairs, claim.statistic)
+            number = str(measured) + missed_note(claim, outcomes)
+            judged = verdict(measured, claim)
+        else:
+            number = "too rare to measure"
+            judged = "unclear"
+        rows.append(
+            {
+                "claim": claim.text.format(target=target),
+                "measured, 95% interval": number,
+                "verdict": judged,
+            }
+        )
+    return rows
 
 
-def draw_diagnostics(named: Named, out: Path) -> None:
-    """Why a method ends where it does: differences to GRPO, localization, corrections, groups with variance, depth of resets and entropy along training."""
+def paired(
+    first: list[Outcome], second: list[Outcome], measure: str, second_measure: str
+) -> np.ndarray:
+    """Numbers of two variants, paired by seed: [seeds, 2]."""
+    pairs = []
+    for a, b in zip(first, second):
+        pairs.append([getattr(a, measure), getattr(b, second_measure)])
+    return np.array(pairs, dtype=float)
+
+
+def measurable(pairs: np.ndarray, statistic: Callable) -> bool:
+    """False where a number is missing, or where a ratio would divide by zero."""
+    if not np.isfinite(pairs).all():
+        return False
+    return statistic is not ratio or bool((pairs[:, 1] > 0).all())
+
+
+def verdict(measured: Estimate, claim: Claim) -> str:
+    """Reproduced: the interval lies inside the claim's bounds. Not reproduced: it lies outside."""
+    if claim.low < measured.low and measured.high < claim.high:
+        return "reproduced"
+    if measured.high < claim.low or measured.low > claim.high:
+        return "not reproduced"
+    return "unclear"  # also for one seed, whose interval is nan
+
+
+def missed_note(claim: Claim, outcomes: dict[str, list[Outcome]]) -> str:
+    """Says how many runs never reached the target of a claim about time; else nothing."""
+    if claim.measure not in ("steps", "tokens"):
+        return ""
+    runs = outcomes[claim.first] + outcomes[claim.second]
+    missed = len([run for run in runs if not run.reached])
+    if missed == 0:
+        return ""
+    return f"; {missed} runs did not reach it and count as the last step"
+
+
+def against_grpo_rows(outcomes: dict[str, list[Outcome]], target: float) -> list[dict]:
+    """Table rows: every variant beside GRPO, paired by seed.
+
+    Ratios above 1 say that the variant needs fewer steps or tokens than GRPO."""
+    rows = []
+    grpo = outcomes.get("grpo")
+    for name, variant in outcomes.items():
+        if name == "grpo" or grpo is None:
+            continue
+        finals = paired(variant, grpo, "final", "final")
+        steps = paired(grpo, variant, "steps", "steps")
+        tokens = paired(grpo, variant, "tokens", "tokens")
+        reached = len([run for run in variant if run.reached])
+        rows.append(
+            {
+                "against grpo, 95% interval": name,
+                "final pass rate, difference": str(estimate(finals, difference)),
+                f"steps to {target}: grpo / it": str(estimate(steps, ratio)),
+                "generated tokens: grpo / it": str(estimate(tokens, ratio)),
+                f"seeds that reached {target}": f"{reached} of {len(variant)}",
+            }
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------- ablations
+
+
+@dataclass
+class Curve:
+    """One number of a variant's step lines, drawn along training."""
+
+    variant: str
+    key: str
+    color: str
+    label: str | None = None  # None: not in the legend
+    style: str = "-"
+
+
+@dataclass
+class Panel:
+    """Curves that share their axes."""
+
+    title: str
+    curves: list[Curve]
+    top: float | None = 1.0  # of the y axis; None: as high as the curves
+    one_minus: bool = False  # draw 1 - value
+
+
+PANELS = [
+    Panel(
+        "h* is the first wrong thought (dashed: or before)",
+        [
+            Curve("srpo 1x4", "localized_exact", "C2", "srpo 1x4"),
+            Curve("srpo 1x4", "localized_clean", "C2", style="--"),
+            Curve("rrpo 1x4", "localized_exact", "C1", "rrpo 1x4"),
+            Curve("rrpo 1x4", "localized_clean", "C1", style="--"),
+        ],
+    ),
+    Panel(
+        "srpo 1x4: pass rate in training",
+        [
+            Curve("srpo 1x4", "pass_base", "C0", "base groups"),
+            Curve("srpo 1x4", "pass_suffix_clean", "C2", "suffixes of a clean prefix"),
+            Curve("srpo 1x4", "pass_suffix_erroneous", "C3", "suffixes of an erroneous prefix"),
+        ],
+    ),
+    Panel(
+        "share of groups with variance",
+        [
+            Curve("grpo", "zero_variance_base", "C0", "grpo: groups of 8"),
+            Curve("srpo 1x4", "zero_variance_base", "C2", "srpo 1x4: base groups of 4"),
+            Curve("srpo 1x4", "zero_variance_suffix", "C8", "srpo 1x4: suffix groups of 4"),
+            Curve("srpo 1x8", "zero_variance_suffix", "C5", "srpo 1x8: suffix groups of 8"),
+            Curve("rrpo 1x4", "zero_variance_suffix", "C1", "rrpo 1x4: suffix groups of 4"),
+        ],
+        one_minus=True,
+    ),
+    Panel(
+        "reset depth, h* / H",
+        [
+            Curve("srpo 1x4", "reset_depth", "C2", "srpo 1x4"),
+            Curve("srpo 1x4 verifier", "reset_depth", "C3", "srpo 1x4 verifier"),
+            Curve("rrpo 1x4", "reset_depth", "C1", "rrpo 1x4"),
+        ],
+    ),
+    Panel(
+        "entropy of trained tokens, nats",
+        [
+            Curve("grpo", "entropy", "C0", "grpo"),
+            Curve("srpo 1x4", "entropy", "C2", "srpo 1x4"),
+            Curve("rrpo 1x4", "entropy", "C1", "rrpo 1x4"),
+        ],
+        top=None,
+    ),
+]
+
+
+def draw_ablations(named: Named, outcomes: dict[str, list[Outcome]], out: Path) -> None:
+    """Draws why a method ends where it does: differences to GRPO, and PANELS along training."""
     plt = pyplot()
-    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
-    others = [name for name in named if name != "grpo" and "grpo" in named]
-    for y, name in enumerate(reversed(others)):
-        value, low, high = interval(
-            [(final(*x[::2])[0], final(*g[::2])[0]) for x, g in zip(named[name], named["grpo"])],
-            lambda x: (x[:, 0] - x[:, 1]).mean(),
-        )
-        a.plot([low, high], [y, y], color="C0", linewidth=2)
-        a.plot(value, y, "o", color="C0")
-    a.axvline(0, color="black", linewidth=0.8)
-    a.set(
-        yticks=range(len(others)),
-        yticklabels=reversed(others),
-        title="final pass rate minus GRPO's, 95% interval",
-    )
-
-    def along(
-        panel, name, key, label, color, read=lambda x: x, style="-"
-    ):  # mean over seeds, over windows of five steps
-        steps = [[x for x in lines if x["step"] > 0] for _, _, lines in named.get(name, [])]
-        points = [
-            [
-                read(line[t][key])
-                for line in steps
-                for t in range(at, min(at + 5, len(line)))
-                if line[t].get(key) is not None
-            ]
-            for at in range(0, max(map(len, steps), default=0), 5)
-        ]
-        seen = [(5 * k + 3, np.mean(values)) for k, values in enumerate(points) if values]
-        panel.plot([s[0] for s in seen], [s[1] for s in seen], style, color=color, label=label)
-
-    for name, color in (("srpo 1x4", "C2"), ("srpo 1x4 deepest", "C4"), ("rrpo 1x4", "C1")):
-        along(b, name, "localized_exact", name, color)
-        along(b, name, "localized_clean", None, color, style="--")
-    along(c, "srpo 1x4", "pass_base", "base groups", "C0")
-    along(c, "srpo 1x4", "pass_suffix_clean", "suffixes of a clean prefix", "C2")
-    along(c, "srpo 1x4", "pass_suffix_erroneous", "suffixes of an erroneous prefix", "C3")
-    for name, key, label, color in (("grpo", "base", "grpo: groups of 8", "C0"), ("srpo 1x4", "base", "srpo 1x4: base groups of 4", "C2"), ("srpo 1x4", "suffix", "srpo 1x4: suffix groups of 4", "C8"),
-                                    ("srpo 1x8", "suffix", "srpo 1x8: suffix groups of 8", "C5"), ("rrpo 1x4", "suffix", "rrpo 1x4: suffix groups of 4", "C1")):  # fmt: skip
-        along(d, name, f"zero_variance_{key}", label, color, read=lambda share: 1 - share)
-    for name, color in (
-        ("srpo 1x4", "C2"),
-        ("srpo 1x4 deepest", "C4"),
-        ("srpo 1x4 verifier", "C3"),
-        ("rrpo 1x4", "C1"),
-    ):
-        along(e, name, "reset_depth", name, color)
-    for name, color in (("grpo", "C0"), ("srpo 1x4", "C2"), ("rrpo 1x4", "C1")):
-        along(f, name, "entropy", name, color)
-    titles = (
-        (b, "h* is the first wrong thought (dashed: or before)"),
-        (c, "srpo 1x4: pass rate in training"),
-        (d, "share of groups with variance"),
-        (e, "reset depth, h* / H"),
-        (f, "entropy of trained tokens, nats"),
-    )
-    for panel, title in titles:
-        panel.set(title=title, xlabel="step", ylim=(0, None if panel is f else 1))
-        panel.legend(fontsize=7)
-    for panel in (a, b, c, d, e, f):
-        panel.grid(alpha=0.3)
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
+    axes = axes.ravel()
+    draw_differences(axes[0], outcomes)
+    for axis, panel in zip(axes[1:], PANELS):
+        for curve in panel.curves:
+            draw_curve(axis, named.get(curve.variant, []), curve, panel.one_minus)
+        axis.set(title=panel.title, xlabel="step", ylim=(0, panel.top))
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------------------------ gradients
+def draw_differences(axis, outcomes: dict[str, list[Outcome]]) -> None:
+    """Draws each variant's final pass rate minus GRPO's, with its interval."""
+    others = []
+    if "grpo" in outcomes:
+        others = [name for name in reversed(outcomes) if name != "grpo"]
+    for y, name in enumerate(others):
+        pairs = paired(outcomes[name], outcomes["grpo"], "final", "final")
+        measured = estimate(pairs, difference)
+        axis.plot([measured.low, measured.high], [y, y], color="C0", linewidth=2)
+        axis.plot(measured.value, y, "o", color="C0")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(others)), labels=others)
+    axis.set_title("final benchmark minus GRPO's, 95% interval")
+
+
+WINDOW = 5  # steps that a point of ablations.png averages over
+
+
+def draw_curve(axis, runs: list[Run], curve: Curve, one_minus: bool) -> None:
+    """Draws means over all seeds and windows of steps, each at the middle of its window."""
+    windows = defaultdict(list)  # values by window; window w has steps 5 w + 1 to 5 w + 5
+    for run in runs:
+        for line in run.lines:
+            if line["step"] > 0 and line.get(curve.key) is not None:
+                windows[(line["step"] - 1) // WINDOW].append(line[curve.key])
+    xs = [WINDOW * w + 3 for w in sorted(windows)]
+    ys = [np.mean(windows[w]) for w in sorted(windows)]
+    if one_minus:
+        ys = [1 - y for y in ys]
+    if xs:
+        style = {"color": curve.color, "label": curve.label, "linestyle": curve.style}
+        axis.plot(xs, ys, marker="o", markersize=2, **style)
+
+
+# ---------------------------------------------------------------------------------------- signal
+
+
+@dataclass
+class Policy:
+    """A loaded policy and the engine that samples from it."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    engine: HFEngine
+    context: int  # longest sequence, tokens
+
+
+def open_policy(source: str) -> Policy:
+    model, tokenizer = load_policy(source)
+    context = model.config.get_text_config().max_position_embeddings
+    return Policy(model, tokenizer, HFEngine(model, tokenizer), context)
+
+
+def sample_step(policy: Policy, problems: list[Problem], cfg: Config, rng_key: list) -> Sampled:
+    """Runs the program of cfg's method on every problem; random numbers depend on (key, slot)."""
+    programs = []
+    for slot, problem in enumerate(problems):
+        task = Task(
+            problem=problem,
+            prompt_ids=encode_question(policy.tokenizer, problem),
+            slot=slot,
+            cfg=cfg,
+            vocabulary=policy.engine.vocabulary,
+            localize=LOCALIZERS[cfg.localizer],
+            rng=np.random.default_rng([*rng_key, slot]),
+            context=policy.context,
+        )
+        programs.append(PROGRAMS[cfg.method](task))
+    return run_programs(programs, policy.engine)
+
+
+def settings_of(name: str, model: str) -> Config:
+    return parse([*STUDY[name].split(), "--model", model])
 
 
 def command_signal(args) -> None:
-    """How much of one step's gradient is signal, for each method on the same prompts, without training: M independent gradients g of one step.
+    """Prints how much of one step's gradient is signal, for each method on the same prompts.
 
-    signal / noise: |E g|^2 / E |g - E g|^2. alignment: E <g, J'> / (sqrt(E |g|^2) |J'|), the cosine of one step's gradient with the gradient J'
-    of the pass rate (from other base groups, without the division by the std). Products of independent gradients keep all of it unbiased."""
-    model, tokenizer = load_policy(args.model)
-    engine, context = (
-        HFEngine(model, tokenizer),
-        model.config.get_text_config().max_position_embeddings,
-    )
+    Nothing is trained. Each method gives M = --repeats independent gradients g of one step, and
+
+        signal / noise  =  |E g|^2 / E |g - E g|^2
+        alignment       =  E <g, J'> / (sqrt(E |g|^2) |J'|)
+
+    Alignment is the cosine of one step's gradient with the gradient J' of the pass rate; J' comes
+    from base groups of its own, without the division by the std. |E g|^2 and |J'|^2 are means of
+    products of different gradients, which makes them unbiased."""
+    if args.repeats < 2:
+        raise UserError(f"--repeats must be at least 2, not {args.repeats}, to measure any noise")
+    policy = open_policy(args.model)
+    # Generated problems of these seeds are held out: training uses seeds below 10**6.
     problems = load_problems(args.data, seed=10**6 + args.seed, n=args.repeats * args.prompts)
-    size = sum(p.numel() for p in model.parameters())
-    kept = torch.from_numpy(
-        np.random.default_rng(0).permutation(size)[:2_000_000]
-    )  # of a large model a sample of the coordinates will do
-
-    def gradients(flags: str, normalize: bool, seed: int):
-        cfg = parse([*flags.split(), "--model", args.model])
-        vectors, seen = [], []
-        for m in tqdm(
-            range(args.repeats),
-            desc=flags,
-            unit="step",
-            leave=False,
-            dynamic_ncols=True,
-            disable=None,
-        ):
-            chosen = problems[m * args.prompts : (m + 1) * args.prompts] or problems[: args.prompts]
-            tasks = [Task(p, encode_question(tokenizer, p), slot, cfg, engine.vocabulary, LOCALIZERS[cfg.localizer], np.random.default_rng([seed, m, slot]), context)
-                     for slot, p in enumerate(chosen)]  # fmt: skip
-            sampled = run_programs([PROGRAMS[cfg.method](task) for task in tasks], engine)
-            buffers, generated = sampled.results, sampled.generated
-            rollouts = [r for buffer in buffers for r in buffer]
-            set_advantages(rollouts, normalize)
-            model.zero_grad()
-            backward(model, rollouts, len(rollouts), tokenizer.pad_token_id, cfg)
-            vectors.append(
-                -torch.cat(
-                    [
-                        torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-                        for p in model.parameters()
-                    ]
-                )[kept]
-            )
-            groups = grouped(rollouts)
-            variance = {
-                k > 0: [
-                    any(r.advantage for r in members)
-                    for (_, j), members in groups.items()
-                    if (j > 0) == (k > 0)
-                ]
-                for k in (0, 1)
-            }
-            resets = [members[0] for (_, k), members in groups.items() if k > 0]
-            suffixes = [r.reward for r in rollouts if r.group[1] > 0]
-            seen.append(
-                [
-                    sum(r.generated for r in generated),
-                    *(
-                        np.mean(v) if v else np.nan
-                        for v in (
-                            variance[False],
-                            variance[True],
-                            suffixes,
-                            [r.reset for r in resets],
-                        )
-                    ),
-                ]
-            )
-        return torch.stack(vectors).double(), [
-            np.mean([x for x in column if not np.isnan(x)] or [np.nan]) for column in zip(*seen)
-        ]
-
-    def crossed(v) -> float:  # |E g|^2 from products of different gradients
-        return float(((v.sum(0) ** 2).sum() - (v**2).sum()) / (len(v) * (len(v) - 1)))
-
-    reference, _ = gradients(STUDY["grpo"], False, args.seed + 1)
-    length = math.sqrt(max(crossed(reference), 1e-30))
-    print(
-        f"{args.model} on {args.data}: {args.repeats} gradients of {args.prompts} prompts each, before any training"
-    )
-    print(
-        "| | tokens a step | groups with variance: base | suffix | suffix pass rate | h*, mean | signal / noise | alignment with the gradient of the pass rate, 95% |\n"
-        + "|---" * 8
-        + "|"
-    )
     for name in args.variants:
-        vectors, (tokens, base, suffix, rate, depth) = gradients(STUDY[name], True, args.seed)
-        signal = crossed(vectors)
-        squares, products = (vectors**2).sum(1).numpy(), (vectors @ reference.mean(0)).numpy()
-        value, low, high = interval(
-            np.stack([products, squares], 1),
-            lambda x: x[:, 0].mean() / math.sqrt(x[:, 1].mean()) / length,
-        )
-        cells = ["-" if np.isnan(x) else f"{x:.3f}" for x in (base, suffix, rate)] + [
-            "-" if np.isnan(depth) else f"{depth:.1f}"
-        ]
-        print(
-            f"| {name} | {tokens:,.0f} | {' | '.join(cells)} | {signal / (squares.mean() - signal):.3f} | {value:.3f} ({low:.3f} to {high:.3f}) |",
-            flush=True,
-        )
+        check_localizer(settings_of(name, args.model).localizer, problems, args.data)
+
+    reference = sample_gradients(args, policy, problems, "grpo", args.seed + 1, normalize=False)
+    reference = stacked(reference)
+    rows = []
+    for name in args.variants:
+        steps = sample_gradients(args, policy, problems, name, args.seed, normalize=True)
+        rows.append(signal_row(name, steps, reference))
+    print(
+        f"{args.model} on {args.data}: {args.repeats} gradients of {args.prompts} prompts each, "
+        "before any training"
+    )
+    print(markdown(rows))
+
+
+@dataclass
+class StepGradient:
+    """The gradient of one step, and numbers of its rollouts; nan where there are no groups."""
+
+    gradient: torch.Tensor  # [kept] of -loss, at a sample of the coordinates
+    tokens: int  # generated
+    base_variance: float  # share of base groups with variance
+    suffix_variance: float  # share of suffix groups with variance
+    suffix_pass_rate: float
+    reset: float  # mean h* of the suffix groups
+
+
+def sample_gradients(
+    args, policy: Policy, problems: list[Problem], name: str, rng_seed: int, normalize: bool
+) -> list[StepGradient]:
+    """One gradient of a variant for each repeat, on prompts of its own."""
+    cfg = settings_of(name, args.model)
+    steps = []
+    # disable=None: no bar where the output is no terminal
+    for repeat in tqdm(range(args.repeats), desc=name, unit="step", leave=False, disable=None):
+        start = repeat * args.prompts
+        chosen = problems[start : start + args.prompts]
+        if not chosen:  # a file with too few problems
+            chosen = problems[: args.prompts]
+        sampled = sample_step(policy, chosen, cfg, rng_key=[rng_seed, repeat])
+        steps.append(step_gradient(policy, sampled, cfg, normalize))
+    return steps
+
+
+def step_gradient(policy: Policy, sampled: Sampled, cfg: Config, normalize: bool) -> StepGradient:
+    """Advantages, loss and gradient of one step. Nothing is updated."""
+    rollouts = []
+    for buffer in sampled.results:
+        rollouts += buffer
+    set_advantages(rollouts, normalize)
+    policy.model.zero_grad()
+    backward(policy.model, rollouts, len(rollouts), policy.tokenizer.pad_token_id, cfg)
+
+    base_variance = []
+    suffix_variance = []
+    resets = []
+    for (_, k), members in grouped(rollouts).items():
+        if k == 0:
+            base_variance.append(has_variance(members))
+        else:
+            suffix_variance.append(has_variance(members))
+            resets.append(members[0].reset)
+    return StepGradient(
+        gradient=kept_gradient(policy.model),
+        tokens=sum(rollout.generated for rollout in sampled.generated),
+        base_variance=mean_of(base_variance),
+        suffix_variance=mean_of(suffix_variance),
+        suffix_pass_rate=mean_of([r.reward for r in rollouts if is_suffix(r)]),
+        reset=mean_of(resets),
+    )
+
+
+def is_suffix(rollout: Rollout) -> bool:
+    """Group 0 of a slot is its base group; the others belong to reset states."""
+    return rollout.group[1] > 0
+
+
+def has_variance(rollouts: list[Rollout]) -> bool:
+    """Whether some rollout has an advantage, so that there is something to learn from."""
+    return any(rollout.advantage != 0 for rollout in rollouts)
+
+
+@cache
+def kept_coordinates(size: int) -> torch.Tensor:
+    """Indices [kept] of the gradient's entries that are compared: a random sample is enough."""
+    return torch.from_numpy(np.random.default_rng(0).permutation(size)[:2_000_000])
+
+
+def kept_gradient(model: torch.nn.Module) -> torch.Tensor:
+    """Gradient of -loss at the kept coordinates: [kept]."""
+    parts = []
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        parts.append(gradient.flatten())
+    flat = torch.cat(parts)
+    return -flat[kept_coordinates(len(flat))]
+
+
+def stacked(steps: list[StepGradient]) -> torch.Tensor:
+    """All gradients in double precision: [repeats, kept]."""
+    return torch.stack([step.gradient for step in steps]).double()
+
+
+def squared_mean(gradients: torch.Tensor) -> float:
+    """Unbiased |E g|^2: the mean of <g_i, g_j> over all i != j; gradients [repeats, kept]."""
+    n = len(gradients)
+    all_products = (gradients.sum(0) ** 2).sum()
+    own_products = (gradients**2).sum()
+    return float((all_products - own_products) / (n * (n - 1)))
+
+
+def signal_row(name: str, steps: list[StepGradient], reference: torch.Tensor) -> dict:
+    """One table row of `signal`; reference [repeats, kept]: gradients of the pass rate."""
+    gradients = stacked(steps)
+    signal = squared_mean(gradients)
+    squares = (gradients**2).sum(1).numpy()  # [repeats]
+    products = (gradients @ reference.mean(0)).numpy()  # [repeats]
+    reference_norm = math.sqrt(max(squared_mean(reference), 1e-30))
+
+    def cosine(pairs: np.ndarray) -> float:
+        return pairs[:, 0].mean() / math.sqrt(pairs[:, 1].mean()) / reference_norm
+
+    alignment = estimate(np.stack([products, squares], axis=1), cosine)
+    base_variance = mean_of([step.base_variance for step in steps])
+    return {
+        "method": name,
+        "tokens a step": f"{np.mean([step.tokens for step in steps]):,.0f}",
+        "groups with variance: base": number_or_dash(base_variance),
+        "suffix": number_or_dash(mean_of([step.suffix_variance for step in steps])),
+        "suffix pass rate": number_or_dash(mean_of([step.suffix_pass_rate for step in steps])),
+        "h*, mean": number_or_dash(mean_of([step.reset for step in steps]), digits=1),
+        "signal / noise": f"{signal / (squares.mean() - signal):.3f}",
+        "alignment with the gradient of the pass rate, 95%": str(alignment),
+    }
+
+
+def number_or_dash(value: float, digits: int = 3) -> str:
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
+
+
+# --------------------------------------------------------------------------------------- anatomy
 
 
 def command_anatomy(args) -> None:
-    """Which thoughts get credit on one problem, under GRPO and under SRPO: a picture of both trees, like the paper's "grad tree".
+    """Draws which thoughts get credit on one problem, under GRPO and under SRPO.
 
-    The colour of a thought is the mean over its tokens of A / (|T| N) (1 - pi(y_t)), the derivative of -L with respect to the logit of the
-    token that was sampled: a token that the policy was sure of gets none, whatever its weight."""
-    model, tokenizer = load_policy(args.model)
-    engine, context = (
-        HFEngine(model, tokenizer),
-        model.config.get_text_config().max_position_embeddings,
-    )
+    The picture is like the paper's "grad tree". See `thought_signals` for what the colours mean.
+    Raises UserError if no problem has something to learn from in all its groups."""
+    policy = open_policy(args.model)
     problems = load_problems(args.data, seed=10**6 + args.seed)[: args.problems]
-    trees = []
-    for flags in (
-        STUDY["grpo"],
-        STUDY["srpo 1x4"],
-    ):  # the same random numbers: SRPO's base group is the first half of GRPO's
-        cfg = parse([*flags.split(), "--model", args.model])
-        tasks = [
-            Task(
-                p,
-                encode_question(tokenizer, p),
-                k,
-                cfg,
-                engine.vocabulary,
-                LOCALIZERS[cfg.localizer],
-                np.random.default_rng([args.seed, k]),
-                context,
+    # The same random numbers twice: SRPO's base group is the first half of GRPO's group.
+    grpo_buffers = sample_buffers(policy, problems, "grpo", args)
+    srpo_buffers = sample_buffers(policy, problems, "srpo 1x4", args)
+    for problem, grpo, srpo in zip(problems, grpo_buffers, srpo_buffers):
+        srpo_base = [rollout for rollout in srpo if not is_suffix(rollout)]
+        srpo_suffixes = [rollout for rollout in srpo if is_suffix(rollout)]
+        if has_variance(grpo) and has_variance(srpo_base) and has_variance(srpo_suffixes):
+            grpo_rows = drawn_rows(grpo, problem, policy.tokenizer)
+            srpo_rows = drawn_rows(srpo, problem, policy.tokenizer)
+            draw_anatomy(grpo_rows, srpo_rows, args.out)
+            print(
+                f"problem {problem.index}: {problem.question} -> {problem.answer}; "
+                f"drawn in {args.out}"
             )
-            for k, p in enumerate(problems)
-        ]
-        buffers = run_programs([PROGRAMS[cfg.method](task) for task in tasks], engine).results
-        for buffer in buffers:
-            set_advantages(buffer)
-        trees.append(buffers)
-
-    def shown(
-        k: int,
-    ) -> bool:  # all three groups of this problem have something to learn from, and there are base failures and successes
-        return all(
-            any(r.advantage for r in buffer if (r.group[1] > 0) == suffix)
-            for buffer, suffix in ((trees[0][k], False), (trees[1][k], False), (trees[1][k], True))
-        )
-
-    k = next((k for k in range(len(problems)) if shown(k)), None)
-    if k is None:
-        raise UserError(
-            f"no problem of {len(problems)} has variance in all its groups; raise --problems, or take a policy with a higher pass rate"
-        )
-    draw_trees(tokenizer, problems[k], [trees[0][k], trees[1][k]], args.out)
-    print(
-        f"problem {problems[k].index}: {problems[k].question} -> {problems[k].answer}; drawn in {args.out}"
+            return
+    raise UserError(
+        f"no problem of {len(problems)} has variance in all its groups; raise --problems, or take "
+        "a policy with a higher pass rate"
     )
 
 
-def draw_trees(tokenizer, problem, buffers, out: Path) -> None:
+def sample_buffers(policy: Policy, problems: list[Problem], name: str, args) -> list[list[Rollout]]:
+    """The trained rollouts of each problem under a variant, with their advantages."""
+    cfg = settings_of(name, args.model)
+    buffers = sample_step(policy, problems, cfg, rng_key=[args.seed]).results
+    for buffer in buffers:
+        set_advantages(buffer)
+    return buffers
+
+
+@dataclass
+class Row:
+    """One response of the picture, thought by thought."""
+
+    rollout: Rollout
+    labels: list[str]  # [H] the last word of each thought
+    signals: list[float | None]  # [H] from thought_signals
+    wrong: int | None  # the first wrong thought, from 1; None: no error, or no step checker
+
+
+def drawn_rows(buffer: list[Rollout], problem: Problem, tokenizer) -> list[Row]:
+    """What the picture shows of each rollout of a buffer."""
+    rows = []
+    for rollout in buffer:
+        thoughts = rollout.thoughts(tokenizer)
+        labels = []
+        for thought in thoughts:
+            words = thought.replace(DELIMITER, "").replace("}", "").split()
+            labels.append(words[-1][:5] if words else "")
+        wrong = problem.check_steps(thoughts) if problem.check_steps else None
+        rows.append(Row(rollout, labels, thought_signals(rollout, len(buffer)), wrong))
+    return rows
+
+
+def thought_signals(rollout: Rollout, n_rollouts: int) -> list[float | None]:
+    """How strongly the step pushes each thought: [H], None for thoughts of a masked prefix.
+
+    It is the mean over the thought's tokens of A / (|T| N) (1 - pi(y_t)), the derivative of -L
+    with respect to the logit of the sampled token. A token that the policy was sure of gets
+    nothing, whatever its weight. The sampler's log-probs are the policy's own (T = 1)."""
+    weights = token_weights(rollout, n_rollouts)
+    pushes = []
+    for weight, logp in zip(weights, rollout.logps):
+        pushes.append(weight * (1 - math.exp(logp)))
+    signals = []
+    start = 0
+    for end in rollout.thought_ends:
+        if end <= rollout.prefix_len:
+            signals.append(None)
+        else:
+            signals.append(float(np.mean(pushes[start:end])))
+        start = end
+    return signals
+
+
+def draw_anatomy(grpo: list[Row], srpo: list[Row], out: Path) -> None:
+    """Draws both buffers side by side: a line for each response, a box for each thought."""
     plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(15, 4.6), layout="constrained")
-    signals = [[thought_signals(r, len(buffer)) for r in buffer] for buffer in buffers]
-    top = max(abs(s) for panel in signals for row in panel for s in row if s is not None)
-    colors = plt.get_cmap("PuOr_r")
-    width = max(len(r.thought_ends) for buffer in buffers for r in buffer)
-    for panel, buffer, rows, title in zip(
-        panels,
-        buffers,
-        signals,
-        ("GRPO: one group of 8", "SRPO: a base group of 4, and 4 suffixes of a reset state"),
-    ):
-        seed = next((r.seed for r in buffer if r.seed is not None), None)
-        for i, (r, row) in enumerate(zip(buffer, rows)):
-            y = -i - 0.6 * (r.group[1] > 0)
-            wrong = problem.check_steps(r.thoughts(tokenizer)) if problem.check_steps else None
-            for h, (text, signal) in enumerate(zip(r.thoughts(tokenizer), row), 1):
-                face = "0.85" if signal is None else colors(0.5 + 0.5 * signal / top)
-                panel.add_patch(
-                    plt.Rectangle(
-                        (h - 1, y),
-                        0.94,
-                        0.86,
-                        facecolor=face,
-                        edgecolor="black" if h == wrong else "0.6",
-                        linewidth=2 if h == wrong else 0.3,
-                    )
-                )
-                words = text.replace(DELIMITER, "").replace("}", "").split()
-                panel.text(
-                    h - 0.53,
-                    y + 0.43,
-                    words[-1][:5] if words else "",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="0.5"
-                    if signal is None
-                    else "white"
-                    if abs(signal) > 0.6 * top
-                    else "black",
-                )
-            panel.text(
-                width + 0.1,
-                y + 0.43,
-                f"reward {r.reward:.0f}   A {r.advantage:+.2f}" + ("   seed" if r is seed else ""),
-                va="center",
-                fontsize=8,
-            )
-        if seed is not None:
-            reset = next(r.reset for r in buffer if r.seed is not None)
-            panel.plot(
-                [reset - 1.03] * 2,
-                [-len(buffer) + 0.35, -len(buffer) / 2 + 0.3],
-                color="C3",
-                linewidth=2,
-            )
-            panel.text(
-                reset - 1.03,
-                -len(buffer) / 2 + 0.38,
-                f"reset before thought {reset}",
-                color="C3",
-                fontsize=8,
-                ha="center",
-                va="bottom",
-            )
-        panel.set(
-            xlim=(-0.1, width + 3),
-            ylim=(-len(buffer) + 0.1, 1.1),
-            title=title,
-            yticks=[],
-            xticks=[h - 0.53 for h in range(1, width + 1)],
-            xticklabels=range(1, width + 1),
-            xlabel="thought",
-        )
-        panel.spines[:].set_visible(False)
-    scale = plt.cm.ScalarMappable(plt.Normalize(-top, top), colors)
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = LinearSegmentedColormap.from_list("credit", [NEGATIVE, "white", POSITIVE])
+    strengths = []
+    for row in grpo + srpo:
+        strengths += [abs(signal) for signal in row.signals if signal is not None]
+    scale = plt.cm.ScalarMappable(plt.Normalize(-max(strengths), max(strengths)), colors)
+    width = max(len(row.labels) for row in grpo + srpo)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.2), layout="constrained")
+    figure.suptitle("Which thoughts one training step makes more likely (blue) or less (red)")
+    left.set_title(f"GRPO: {len(grpo)} answers from scratch, compared with each other")
+    right.set_title("SRPO: 4 answers from scratch, then 4 that continue a failed one (the seed)")
+    draw_buffer(left, grpo, scale, width)
+    draw_buffer(right, srpo, scale, width)
+    figure.supxlabel(
+        "A line is one answer; a box is one thought and shows its last word. Black frame: the "
+        "first wrong thought. Grey: copied from the seed, not trained.\n"
+        "A: the advantage, the reward compared with the answer's own group. A thought that the "
+        "policy was sure of stays pale, whatever its advantage.",
+        fontsize=9,
+    )
     figure.colorbar(
-        scale, ax=panels, label="mean gradient signal of a thought", shrink=0.8, pad=0.01
+        scale, ax=[left, right], label="gradient signal, mean of a thought", shrink=0.8, pad=0.01
     )
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
-def thought_signals(rollout, n_rollouts: int) -> list[float | None]:
-    """Mean over the tokens of each thought of weight (1 - pi); None for thoughts of a masked prefix. The sampler's log-probs are the policy's (T = 1)."""
-    weights = token_weights(rollout, n_rollouts)
-    starts = [0, *rollout.thought_ends[:-1]]
-    signal = [w * (1 - math.exp(logp)) for w, logp in zip(weights, rollout.logps)]
-    return [
-        None if b <= rollout.prefix_len else float(np.mean(signal[a:b]))
-        for a, b in zip(starts, rollout.thought_ends)
-    ]
+def draw_buffer(axis, rows: list[Row], scale, width: int) -> None:
+    """Draws the responses of one buffer, base group first, and marks seed and reset."""
+    seeds = [row.rollout.seed for row in rows if is_suffix(row.rollout)]
+    for i, row in enumerate(rows):
+        y = -i
+        if is_suffix(row.rollout):
+            y -= 0.6  # a gap between the groups
+        for h in range(1, len(row.labels) + 1):
+            draw_thought(axis, row, h, y, scale)
+        note = f"reward {row.rollout.reward:.0f}   A {row.rollout.advantage:+.2f}"
+        if any(row.rollout is seed for seed in seeds):
+            note += "   seed"
+        axis.text(width + 0.1, y + 0.43, note, va="center", fontsize=8)
+    if seeds:
+        first_suffix = len(rows) - len(seeds)
+        draw_reset(axis, rows[-1].rollout.reset, first_suffix, len(rows))
+    axis.set(xlim=(-0.1, width + 3), ylim=(-len(rows) + 0.1, 1.1), xlabel="thought", yticks=[])
+    numbers = range(1, width + 1)
+    axis.set_xticks([h - 0.53 for h in numbers], labels=numbers)
+    axis.spines[:].set_visible(False)
 
 
-# --------------------------------------------------------------------------------------------------------------- command line
+def draw_thought(axis, row: Row, h: int, y: float, scale) -> None:
+    """Draws the box of thought h with its last word."""
+    signal = row.signals[h - 1]
+    if signal is None:
+        face = "0.85"
+        ink = "0.5"
+    else:
+        face = scale.to_rgba(signal)
+        ink = "white" if abs(signal) > 0.6 * scale.norm.vmax else "black"
+    edge = "0.6"
+    line = 0.3
+    if h == row.wrong:
+        edge = "black"
+        line = 2.0
+    axis.add_patch(
+        pyplot().Rectangle((h - 1, y), 0.94, 0.86, facecolor=face, edgecolor=edge, linewidth=line)
+    )
+    style = {"ha": "center", "va": "center", "fontsize": 8, "color": ink}
+    axis.text(h - 0.53, y + 0.43, row.labels[h - 1], **style)
 
 
-def add_commands(command) -> None:
-    """Adds study, signal and anatomy to the commands of eval.py; command(function, help) makes a parser for one."""
+def draw_reset(axis, reset: int, first_suffix: int, n_rows: int) -> None:
+    """Draws the line between the shared prefix and thought h* of the suffixes."""
+    x = reset - 1.03
+    style = {"color": "0.3", "linestyle": ":", "linewidth": 2}
+    axis.plot([x, x], [-n_rows + 0.35, -first_suffix + 0.3], **style)
+    text = f"reset: sampled again from thought {reset} on"
+    axis.text(x, -first_suffix + 0.38, text, color="0.3", fontsize=8, ha="left", va="bottom")
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def add_study(commands) -> None:
     usual = parse([])
-    sub = command(
-        command_study,
-        "trains every variant with every seed and holds the paper's claims against them",
-    )
-    sub.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/study"),
-        help="folder (1.5 GB); the same command goes on with what is there",
-    )
+    sub = commands.add_parser("study", help="train all variants, judge the paper's claims")
+    sub.set_defaults(command=command_study)
+    option = sub.add_argument
+    help = "folder (1.5 GB); finished runs in it are reused"
+    option("--out", type=Path, default=Path("runs/study"), help=help)
+    option("--model", default=usual.model, help="folder or hub id")
+    help = "task, for training and held-out problems"
+    option("--data", default=usual.train_data, help=help)
+    help = "more settings of srpo.py for every run, in one string, such as '--micro_batch 8'"
+    option("--flags", default="", help=help)
+    help = "held-out problems of the benchmark of each run's last checkpoint"
+    option("--benchmark_problems", type=int, default=256, help=help)
+    option("--seeds", type=int, default=8, help="of each variant, from 0")
+    option("--steps", type=int, default=50, help="of each run")
+    help = "problems per step"
+    option("--prompts_per_step", type=int, default=usual.prompts_per_step, help=help)
+    option("--eval_every", type=int, default=10, help="steps between evaluations")
+    help = "pass rate of the time-to-target columns and claims"
+    option("--target", type=float, default=0.3, help=help)
+    add_variants(sub, list(STUDY))
+    help = "learning rates of the sweep; one: no sweep"
+    option("--grid", nargs="+", type=float, default=GRID, help=help)
+    help = "seeds of the sweep, other ones than the study's"
+    option("--sweep_seeds", type=int, default=4, help=help)
+    option("--sweep_steps", type=int, default=30, help="steps of the sweep's runs")
+    help = "runs side by side, one thread each"
+    option("--jobs", type=int, default=os.cpu_count(), help=help)
+
+
+def add_signal(commands) -> None:
+    usual = parse([])
+    help = "signal and noise of one step's gradient, by method, before training"
+    sub = commands.add_parser("signal", help=help)
+    sub.set_defaults(command=command_signal)
+    add_policy(sub, usual)
+    add_variants(sub, SIGNAL_VARIANTS)
+    option = sub.add_argument
+    option("--repeats", type=int, default=24, help="independent gradients of each method")
+    help = "problems per gradient"
+    option("--prompts", type=int, default=usual.prompts_per_step, help=help)
+
+
+def add_anatomy(commands) -> None:
+    help = "which thoughts get credit on one problem, under GRPO and under SRPO"
+    sub = commands.add_parser("anatomy", help=help)
+    sub.set_defaults(command=command_anatomy)
+    add_policy(sub, parse([]))
+    option = sub.add_argument
+    help = "problems to look through for one whose groups all have variance"
+    option("--problems", type=int, default=64, help=help)
+    option("--out", type=Path, default=Path("anatomy.png"), help="picture to write")
+
+
+def add_policy(sub, usual: Config) -> None:
+    """Options of the commands that sample from one policy."""
     sub.add_argument("--model", default=usual.model, help="folder or hub id")
-    sub.add_argument(
-        "--data", default=usual.train_data, help="task, for training and held-out problems"
-    )
-    sub.add_argument(
-        "--flags",
-        default="",
-        help="more settings of srpo.py for every run, in one string, such as '--micro_batch 8'",
-    )
-    sub.add_argument(
-        "--benchmark_problems",
-        type=int,
-        default=256,
-        help="held-out problems of the benchmark of each run's end",
-    )
-    sub.add_argument("--seeds", type=int, default=8, help="of each variant, from 0")
-    sub.add_argument("--steps", type=int, default=50, help="of each run")
-    sub.add_argument(
-        "--prompts_per_step", type=int, default=usual.prompts_per_step, help="problems per step"
-    )
-    sub.add_argument("--eval_every", type=int, default=10, help="steps between evaluations")
-    sub.add_argument(
-        "--target",
-        type=float,
-        default=0.3,
-        help="pass rate of the time-to-target columns and claims",
-    )
+    help = f"JSON-lines file, or {GENERATED}"
+    sub.add_argument("--data", default=usual.train_data, help=help)
+    sub.add_argument("--seed", type=int, default=0, help="of problems and sampling")
+
+
+def add_variants(sub, usual: list[str]) -> None:
     sub.add_argument(
         "--variants",
         nargs="+",
         choices=STUDY,
-        default=list(STUDY),
+        default=usual,
         metavar="NAME",
         help=f"of: {', '.join(STUDY)}",
     )
-    sub.add_argument(
-        "--grid", nargs="+", type=float, default=list(GRID), help="learning rates of the sweep"
-    )
-    sub.add_argument(
-        "--sweep_seeds", type=int, default=4, help="seeds of the sweep, other ones than the study's"
-    )
-    sub.add_argument("--sweep_steps", type=int, default=30, help="steps of the sweep's runs")
-    sub.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each"
-    )
-    sub = command(
-        command_signal, "signal and noise of one step's gradient, by method, before training"
-    )
-    sub.add_argument("--model", default=usual.model, help="folder or hub id")
-    sub.add_argument("--data", default=usual.train_data, help=f"JSON-lines file, or {GENERATED}")
-    sub.add_argument(
-        "--variants",
-        nargs="+",
-        choices=STUDY,
-        default=[
-            "grpo",
-            "rrpo 1x4",
-            "srpo 1x4",
-            "srpo 1x8",
-            "srpo 2x4",
-            "srpo 1x4 verifier",
-            "srpo 1x4 deepest",
-            "srpo 1x4 response length",
-        ],
-        metavar="NAME",
-        help=f"of: {', '.join(STUDY)}",
-    )
-    sub.add_argument("--repeats", type=int, default=24, help="independent gradients of each method")
-    sub.add_argument(
-        "--prompts", type=int, default=usual.prompts_per_step, help="problems per gradient"
-    )
-    sub.add_argument("--seed", type=int, default=0, help="of problems and sampling")
-    sub = command(
-        command_anatomy, "which thoughts get credit on one problem, under GRPO and under SRPO"
-    )
-    sub.add_argument("--model", default=usual.model, help="folder or hub id")
-    sub.add_argument("--data", default=usual.train_data, help=f"JSON-lines file, or {GENERATED}")
-    sub.add_argument(
-        "--problems",
-        type=int,
-        default=64,
-        help="problems to look through for one whose groups all have variance",
-    )
-    sub.add_argument("--seed", type=int, default=0, help="of problems and sampling")
-    sub.add_argument("--out", type=Path, default=Path("anatomy.png"), help="picture to write")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Experiments on the paper's claims.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.study", description="Experiments on the paper's claims."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function, help):
-        sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help)
-        sub.set_defaults(function=function)
-        return sub
-
-    add_commands(command)
+    add_study(commands)
+    add_signal(commands)
+    add_anatomy(commands)
     args = parser.parse_args(argv)
-    args.function(args)
+    args.command(args)
 
 
 if __name__ == "__main__":
