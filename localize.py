@@ -138,7 +138,7 @@ def reviewed(task: Task, rollouts: list[Rollout], setting: dict = WRONG) -> Gene
     for i, rollout in enumerate(rollouts):
         prompt_ids = localization_prompt(task, rollout, setting)
         if len(prompt_ids) < task.context:
-            requests[i] = review_request(task, prompt_ids)
+            requests[i] = task.ask("localization", prompt_ids)
     answers = {}
     if requests:
         groups = yield list(requests.values())
@@ -153,19 +153,6 @@ def reviewed(task: Task, rollouts: list[Rollout], setting: dict = WRONG) -> Gene
             counters[f"localize_{how}"] += 1
         reviews.append(Review(h, how, answer))
     return reviews
-
-
-def review_request(task: Task, prompt_ids: list[int]) -> Request:
-    return Request(
-        problem=task.problem.index,
-        purpose="localization",
-        prompt_ids=prompt_ids,
-        n=1,
-        rng_key=int(task.rng.integers(2**62)),
-        max_tokens=min(task.cfg.localize_tokens, task.context - len(prompt_ids)),
-        temperature=task.cfg.localize_temperature,
-        top_p=1.0,
-    )
 
 
 def by_self(task: Task, seeds: list[Rollout]) -> Generator:
@@ -208,24 +195,37 @@ def by_verifier(task: Task, seeds: list[Rollout]) -> Generator:
     return [(task.first_wrong(seed) or len(seed.thought_ends), "verifier") for seed in seeds]
 
 
+def prefix_values(task: Task, rollouts: list[Rollout], purpose: str = "oracle") -> Generator:
+    """Monte-Carlo values of every prefix of each rollout: returns lists [V(s_0), ..., V(s_H)].
+
+    V(s_h) is the mean reward of `oracle_samples` continuations of thoughts 1..h, V(s_H) the
+    rollout's own reward. A state that several rollouts share is sampled once.
+    """
+    requests = {}  # by state
+    for rollout in rollouts:
+        for h in range(1, len(rollout.thought_ends) + 1):
+            state = tuple(rollout.prompt_ids + rollout.prefix(h))
+            if state not in requests:
+                requests[state] = task.request(purpose, task.cfg.oracle_samples, rollout, h)
+    groups = yield list(requests.values())
+    value = {}
+    for state, group in zip(requests, groups):
+        value[state] = sum(r.reward for r in group) / len(group)
+    values = []
+    for rollout in rollouts:
+        states = range(1, len(rollout.thought_ends) + 1)
+        before = [value[tuple(rollout.prompt_ids + rollout.prefix(h))] for h in states]
+        values.append([*before, rollout.reward])
+    return values
+
+
 def by_oracle(task: Task, seeds: list[Rollout]) -> Generator:
     """The credit-assignment oracle of CPI-CARO, by Monte Carlo.
 
-    V(s_h) is the mean reward of m continuations of thoughts 1..h, V(s_H) the seed's own reward. h*
-    is the first h with V(s_h) - V(s_{h-1}) < -tau, else the h that loses most (a counter).
+    h* is the first h with V(s_h) - V(s_{h-1}) < -tau, else the h that loses most (a counter).
     """
-    requests = []
-    for seed in seeds:
-        for h in range(1, len(seed.thought_ends) + 1):
-            requests.append(task.request("oracle", task.cfg.oracle_samples, seed, h))
-    groups = yield requests
-    means = [sum(r.reward for r in group) / task.cfg.oracle_samples for group in groups]
-    found = []
-    for seed in seeds:
-        H = len(seed.thought_ends)
-        values, means = means[:H] + [seed.reward], means[H:]  # V(s_0), ..., V(s_H)
-        found.append((first_loss(values, task.cfg.oracle_tau), "oracle"))
-    return found
+    values = yield from prefix_values(task, seeds)
+    return [(first_loss(of_seed, task.cfg.oracle_tau), "oracle") for of_seed in values]
 
 
 def first_loss(values: list[float], tau: float) -> int:

@@ -37,7 +37,7 @@ from data.chains import generate_chains
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.parallel import gather, processes, rank
-from data.policies import encode_question, eos_of, load_policy, policy_source
+from data.policies import encode_question, encode_turn, eos_of, load_policy, policy_source
 from data.problems import Problem
 from data.thoughts import ThoughtTracker, Vocabulary
 
@@ -55,21 +55,23 @@ class Rollout:
     """
 
     problem: int  # Problem.index
-    purpose: str  # base | seed | suffix | localization | oracle: what its tokens were spent on
+    purpose: str  # what its tokens were spent on: base, seed, suffix, localization, ...
     prompt_ids: list[int]
     token_ids: list[int]  # the response, shared prefix included
     logps: list[float]  # of token_ids: the sampler's, at its temperature, before top_p truncation
     thought_ends: list[int]
     finish: str  # answer | eos | thoughts | length: why it ended
     text: str = ""
-    prefix_len: int = 0  # tokens shared with the seed: not sampled again, not trained on
+    prefix_len: int = 0  # tokens shared with the seed: sampling started after them (cost)
+    trained_from: int | None = None  # training starts at this token (credit); None: at prefix_len
+    trained_prompt: list[int] | None = None  # off-policy: trained under this prompt instead
     reward: float | None = None  # in [0, 1]; None for localization answers
     group: tuple[int, int] | None = None  # (slot in the step, group of that slot): one state each
     seed: "Rollout | None" = field(default=None, repr=False)  # whose prefix it shares
     reset: int | None = None  # h*: the first thought that is sampled again
     localized: str | None = None  # how h* was found, see localize.py
     localization: "Rollout | None" = field(default=None, repr=False)  # seeds: the policy's review
-    advantage: float = 0.0
+    advantages: list[float] | None = None  # A of each thought; None: loss.py compares its group
 
     @property
     def generated(self) -> int:
@@ -78,7 +80,20 @@ class Rollout:
 
     def prefix(self, h: int) -> list[int]:
         """Tokens of thoughts 1..h-1: the response part of the reset state s_{h-1}."""
+        H = len(self.thought_ends)
+        if not 1 <= h <= H + 1:
+            raise ValueError(f"h = {h}: a response of {H} thoughts has reset states 1 to {H + 1}")
         return self.token_ids[: self.thought_ends[h - 2]] if h > 1 else []
+
+    def masked(self, mask_prefix: bool = True) -> int:
+        """How many response tokens at its beginning are not trained."""
+        if not mask_prefix:
+            return 0
+        return self.prefix_len if self.trained_from is None else self.trained_from
+
+    def trained_state(self) -> tuple[list[int], list[int]]:
+        """(prompt, response tokens) before its first trained token: what its group shares."""
+        return self.trained_prompt or self.prompt_ids, self.token_ids[: self.masked()]
 
     def thoughts(self, tokenizer) -> list[str]:
         """Texts of its H thoughts."""
@@ -88,14 +103,19 @@ class Rollout:
     def to_json(self, step: int, task: "Task", line_of: dict[int, int]) -> dict:
         """Its line in rollouts.jsonl. line_of: {id(rollout): its number in the step}."""
         names = (
-            "problem purpose group reward advantage finish thought_ends prefix_len reset localized"
+            "problem purpose group reward advantages finish thought_ends prefix_len trained_from "
+            "reset localized"
         )
+        tokenizer = task.vocabulary.tokenizer
         record = {name: getattr(self, name) for name in names.split()}
         record["step"] = step
         record["id"] = line_of[id(self)]
         record["question"] = task.problem.question
         record["answer"] = task.problem.answer
-        record["thoughts"] = self.thoughts(task.vocabulary.tokenizer)
+        if self.prompt_ids != task.prompt_ids:
+            record["prompt"] = tokenizer.decode(self.prompt_ids)
+        record["off_policy"] = self.trained_prompt is not None
+        record["thoughts"] = self.thoughts(tokenizer)
         record["first_wrong"] = task.first_wrong(self) if self.reward is not None else None
         record["seed"] = line_of[id(self.seed)] if self.seed else None
         record["localization"] = line_of[id(self.localization)] if self.localization else None
@@ -110,18 +130,10 @@ def records_of(step: int, generated: list[Rollout], tasks: list["Task"]) -> list
 
 
 def grouped(rollouts: list[Rollout]) -> dict[tuple[int, int], list[Rollout]]:
-    """Rollouts by group, in order of appearance. Raises ValueError if a group mixes two states."""
+    """Rollouts by group, in order of appearance."""
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.group, []).append(rollout)
-    for group, members in groups.items():
-        first = members[0]
-        state = first.prompt_ids, first.token_ids[: first.prefix_len]
-        for rollout in members:
-            if state != (rollout.prompt_ids, rollout.token_ids[: rollout.prefix_len]):
-                raise ValueError(
-                    f"group {group} mixes two states; give each reset state a group of its own"
-                )
     return groups
 
 
@@ -166,17 +178,28 @@ class Task:
     context: int  # longest sequence that the model takes, tokens
 
     def request(
-        self, purpose: str, n: int, seed: Rollout | None = None, h: int = 1, how: str | None = None
+        self,
+        purpose: str,
+        n: int,
+        seed: Rollout | None = None,
+        h: int = 1,
+        how: str | None = None,
+        prompt_ids: list[int] | None = None,
     ) -> Request:
         """n continuations of the state before thought h of `seed`, or of the prompt without a seed.
 
-        how: how h was found. Seed, h and how are passed on to the rollouts.
+        how: how h was found. Seed, h and how are passed on to the rollouts. h = H + 1 continues the
+        whole response. prompt_ids: of a later turn, as `reply` makes them (default: the seed's
+        prompt, or x0). A request without room is answered by [] (counter no_room).
+        Raises ValueError if h is outside 1..H+1.
         """
         cfg = self.cfg
+        if prompt_ids is None:
+            prompt_ids = self.prompt_ids if seed is None else seed.prompt_ids
         request = Request(
             problem=self.problem.index,
             purpose=purpose,
-            prompt_ids=self.prompt_ids,
+            prompt_ids=prompt_ids,
             n=n,
             rng_key=int(self.rng.integers(2**62)),
             max_tokens=cfg.max_thoughts * cfg.max_tokens_per_thought,
@@ -192,9 +215,34 @@ class Task:
             request.prefix_logps = seed.logps[: len(request.prefix_ids)]
             request.prefix_ends = seed.thought_ends[: h - 1]
             request.seed, request.reset, request.localized = seed, h, how
-        room = self.context - len(self.prompt_ids)
+        room = self.context - len(prompt_ids)
         request.max_tokens = min(room, request.max_tokens) - len(request.prefix_ids)
         return request
+
+    def ask(self, purpose: str, prompt_ids: list[int]) -> Request:
+        """One answer about a response, at the settings of localization: not cut, not graded."""
+        cfg = self.cfg
+        return Request(
+            problem=self.problem.index,
+            purpose=purpose,
+            prompt_ids=prompt_ids,
+            n=1,
+            rng_key=int(self.rng.integers(2**62)),
+            max_tokens=min(cfg.localize_tokens, self.context - len(prompt_ids)),
+            temperature=cfg.localize_temperature,
+            top_p=1.0,
+        )
+
+    def reply(self, rollout: Rollout, text: str) -> list[int]:
+        """Prompt ids of the next turn: what was sampled, without its end-of-text, then a user message.
+
+        The sampled ids are never encoded again.
+        """
+        said = rollout.token_ids
+        if said and said[-1] in self.vocabulary.eos:
+            said = said[:-1]
+        turn = encode_turn(self.vocabulary.tokenizer, text)
+        return rollout.prompt_ids + said + turn
 
     def failed(self, rollout: Rollout) -> bool:
         return rollout.reward < self.cfg.correct

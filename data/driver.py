@@ -112,16 +112,21 @@ class Driver:
 
     def advance(self, i: int, answers: list | None) -> None:
         """Sends program i its answers, and gives the engine what it asks for next."""
-        try:
-            requests = self.programs[i].send(answers)
-            while not requests:
-                requests = self.programs[i].send([])
-        except StopIteration as end:
-            self.results[i] = end.value
-            return
-        self.waiting[i] = [None] * len(requests)
+        answered = True
+        while answered:  # goes on at once if there is nothing to sample
+            try:
+                requests = self.programs[i].send(answers)
+            except StopIteration as end:
+                self.results[i] = end.value
+                return
+            check_requests(self.programs[i], requests)
+            answers = [None if request.max_tokens > 0 else [] for request in requests]
+            counters["no_room"] += answers.count([])
+            answered = None not in answers
+        self.waiting[i] = answers
         for place, request in enumerate(requests):
-            self.in_flight[self.engine.start(request)] = InFlight(i, place, request)
+            if answers[place] is None:
+                self.in_flight[self.engine.start(request)] = InFlight(i, place, request)
 
     def sample(self) -> None:
         """Lets the engine complete some requests, and grades them; waits if only graders work."""
@@ -163,6 +168,15 @@ class Driver:
         for purpose, tokens in self.tokens.items():
             seconds[purpose] = self.seconds["sample"] * tokens / self.tokens.total()
         return seconds
+
+
+def check_requests(program: Generator, requests) -> None:
+    """Raises TypeError if a program yields anything but a list of requests."""
+    if not isinstance(requests, list) or not all(hasattr(r, "prompt_ids") for r in requests):
+        raise TypeError(
+            f"program {program.__qualname__} yielded {requests!r:.80}: it must yield a list of "
+            "requests, as task.request(...) makes them"
+        )
 
 
 def grade(flight: InFlight) -> None:

@@ -110,20 +110,44 @@ def encode_question(tokenizer, problem: Problem) -> list[int]:
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of a user message: through the chat template if there is one, else the plain text.
-
-    Special tokens that the text spells become a space: the end-of-text of a thought under review,
-    say, would end the message.
-    """
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content != DELIMITER:
-            text = text.replace(token.content, " ")
+    """Token ids of a user message: through the chat template if there is one, else the plain text."""
+    text = without_special_tokens(tokenizer, text)
     if not tokenizer.chat_template:
         return tokenizer(text)["input_ids"]
     message = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(
         message, add_generation_prompt=True, tokenize=True, return_dict=False
     )
+
+
+def encode_turn(tokenizer, text: str) -> list[int]:
+    """Token ids of a user message that follows a response, with what ends the response before it.
+
+    The chat template is asked for a conversation, and what it writes after the response is taken.
+    Without a template the message stands between empty lines.
+    """
+    text = without_special_tokens(tokenizer, text)
+    if not tokenizer.chat_template:
+        return tokenizer(f"\n\n{text}\n\n", add_special_tokens=False)["input_ids"]
+    response = "(the response)"
+    conversation = [
+        {"role": "user", "content": "(the question)"},
+        {"role": "assistant", "content": response},
+        {"role": "user", "content": text},
+    ]
+    written = tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=False
+    )
+    _, turn = written.split(response, 1)
+    return tokenizer(turn, add_special_tokens=False)["input_ids"]
+
+
+def without_special_tokens(tokenizer, text: str) -> str:
+    """Special tokens that a text spells become a space: they would end the message that quotes it."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content != DELIMITER:
+            text = text.replace(token.content, " ")
+    return text
 
 
 def encode_all(tokenizer, problems: list[Problem], context: int, source: str) -> list[list[int]]:
