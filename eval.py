@@ -20,7 +20,6 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
@@ -39,10 +38,12 @@ from data.curves import (
     summary,
     write_curves,
 )
+from data.driver import run_programs
 from data.faults import UserError, counters
 from data.parallel import connect, on_main, processes, rank
+from data.policies import encode_all, encode_prompt, load_policy
 from data.tasks import GENERATED, load_problems
-from data.verifiers import sandbox_or_refusal
+from data.verifiers import check_machine
 from localize import (
     UNKNOWN,
     WRONG,
@@ -51,19 +52,10 @@ from localize import (
     by_verifier,
     fallback,
     parse_localization,
-    review,
+    review_text,
     reviewed,
 )
-from rollout import (
-    Request,
-    Rollout,
-    Task,
-    encode_prompt,
-    encode_question,
-    load_policy,
-    make_engine,
-    run_programs,
-)
+from rollout import Request, Rollout, Task, make_engine, make_tasks
 
 LENGTHS = ("max_thoughts", "max_tokens_per_thought")  # settings that limit a response
 
@@ -103,27 +95,6 @@ def respond(task: Task, samples: int):
     return group
 
 
-def make_tasks(problems, tokenizer, engine, context: int, seed: int = 0, **settings) -> list[Task]:
-    """Tasks for measuring, under a training run's usual sampling settings unless told otherwise."""
-    usual = dict(
-        temperature=1.0,
-        top_p=1.0,
-        max_thoughts=20,
-        max_tokens_per_thought=256,
-        correct=1.0,
-        localize_temperature=0.3,
-        localize_tokens=4096,
-        localize_fallback="skip",
-    )
-    cfg = SimpleNamespace(**(usual | settings))
-    tasks = []
-    for slot, problem in enumerate(problems):
-        prompt = encode_question(tokenizer, problem)
-        rng = np.random.default_rng([seed, slot])
-        tasks.append(Task(problem, prompt, slot, cfg, engine.vocabulary, by_self, rng, context))
-    return tasks
-
-
 @dataclass
 class Policy:
     """The policy that is measured."""
@@ -136,9 +107,7 @@ class Policy:
         """Tasks for measuring, with the seed and the length limits of the command line."""
         for key in (*LENGTHS, "localize_tokens"):
             settings[key] = getattr(args, key)
-        return make_tasks(
-            problems, self.tokenizer, self.engine, self.context, args.seed, **settings
-        )
+        return make_tasks(problems, self.engine, self.context, args.seed, **settings)
 
 
 def open_policy(args) -> Policy:
@@ -174,10 +143,9 @@ def command_benchmark(args) -> None:
         return compare(*args.compare)
     check_benchmark(args)
     sets = {Path(data).stem: held_out(data, args) for data in args.data}
-    if any(problem.kind == "code" for problem in chain.from_iterable(sets.values())):
-        isolation = sandbox_or_refusal()
-        if rank() == 0:
-            print(isolation)
+    isolation = check_machine(list(chain(*sets.values())))
+    if isolation and rank() == 0:
+        print(isolation)
     settings = {key: getattr(args, key) for key in SETTINGS}
     folder = f"{Path(args.model).name}-n{args.samples}-T{args.temperature}-seed{args.seed}"
     out = args.out or Path("benchmarks") / folder
@@ -190,8 +158,8 @@ def command_benchmark(args) -> None:
     results = {}
     for name, problems in sets.items():
         path = out / f"{name}.jsonl"
+        encode_all(policy.tokenizer, problems, policy.context, name)  # do all prompts fit?
         tasks = policy.tasks(problems, args, temperature=args.temperature)
-        check_prompts(name, tasks)
         # Only the first process touches the file: the others are told what it holds
         done = on_main(finished_problems, path, args.samples)
         todo = [task for task in tasks if task.problem.index not in done]
@@ -219,16 +187,6 @@ def check_benchmark(args) -> None:
             "--n must be at least 1, and --temperature above 0 where it is more: "
             "greedy responses are all the same"
         )
-
-
-def check_prompts(name: str, tasks: list[Task]) -> None:
-    """Raises UserError for a prompt that leaves no room for a response."""
-    for task in tasks:
-        if len(task.prompt_ids) >= task.context:
-            raise UserError(
-                f"{name}: the prompt of problem {task.problem.index} is longer than the model's "
-                f"context, {task.context} tokens; remove it"
-            )
 
 
 def sample_into(path: Path, todo: list[Task], engine, args) -> None:
@@ -322,7 +280,7 @@ def name_steps(records: list[dict], setting: dict, policy: Policy, args) -> list
     A prompt that does not fit the context, like an answer that names no step, is a counter."""
     prompts, requests = [], []
     for k, record in enumerate(records):
-        text = review(record["question"], record["steps"], setting)
+        text = review_text(record["question"], record["steps"], setting)
         prompt = encode_prompt(policy.tokenizer, text)
         prompts.append(prompt)
         if len(prompt) < policy.context:
@@ -396,7 +354,7 @@ def on_own_failures(tasks: list[Task], engine, reference) -> dict:
 def locate_failure(task: Task, reference):
     """Program: a LocatedFailure from the first failure of two draws; None where both are right."""
     (group,) = yield [task.request("base", 2)]
-    failures = [rollout for rollout in group if rollout.reward < task.cfg.correct]
+    failures = [rollout for rollout in group if task.failed(rollout)]
     if not failures:
         return None
     seed = failures[0]
@@ -493,18 +451,18 @@ def self_correct(task: Task, rounds: int, judge: str, reset: bool):
     tokens = response.generated
     trace = [Round(response.reward, tokens)]
     while len(trace) <= rounds:
-        if judge == "verifier" and response.reward >= task.cfg.correct:
+        if judge == "verifier" and not task.failed(response):
             break
         h = 1
         if judge == "self" or reset:
             setting = UNKNOWN if judge == "self" else WRONG
-            ((named, how, answer),) = yield from reviewed(task, [response], setting)
-            if answer is not None:
-                tokens += answer.generated
-            if judge == "self" and how == "no_error":
+            (review,) = yield from reviewed(task, [response], setting)
+            if review.answer is not None:
+                tokens += review.answer.generated
+            if judge == "self" and review.how == "no_error":
                 break
             if reset:
-                h = fallback(task, response) if named is None else named
+                h = fallback(task, response) if review.h is None else review.h
         ((response,),) = yield [task.request("suffix", 1, response, h)]
         tokens += response.generated
         trace.append(Round(response.reward, tokens))
@@ -578,8 +536,7 @@ def add_commands(commands) -> None:
 def add_sampling(command, problems: int | None, temperature: float) -> None:
     """The options of commands that sample from a policy, with their own two defaults."""
     add = command.add_argument
-    policy = str(Path(__file__).resolve().parent / "data" / "policy")
-    add("--model", default=policy, help="folder or hub id")
+    add("--model", default="embedded", help="folder or hub id; embedded: data/policy")
     add("--problems", type=int, default=problems, help="problems of each file, at most")
     help = "of the responses, or of the reviews in localization; 0 is greedy"
     add("--temperature", type=float, default=temperature, help=help)

@@ -11,7 +11,6 @@ Try it alone:  python eval.py curves RUN_DIR [RUN_DIR...]
 import json
 import math
 import os
-from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -19,18 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.faults import UserError
-from data.runs import name_of, read_run
-from data.verifiers import last_boxed
-
-
-@dataclass
-class Run:
-    """One run directory as it was read."""
-
-    folder: Path
-    config: dict  # the settings, from config.json
-    lines: list[dict]  # the step lines, from metrics.jsonl
-
+from data.runs import Run, name_of, read_run
+from data.verifiers import KINDS
 
 Named = dict[str, list[Run]]  # runs by name, one for each random seed
 
@@ -54,8 +43,8 @@ def by_name(folders: list[Path]) -> Named:
     """Reads run directories and groups them by name. Raises UserError for one that is no run."""
     named = {}
     for folder in folders:
-        config, lines = read_run(Path(folder))
-        named.setdefault(name_of(config), []).append(Run(Path(folder), config, lines))
+        run = read_run(Path(folder))
+        named.setdefault(name_of(run), []).append(run)
     return named
 
 
@@ -162,15 +151,15 @@ def first_reach(lines: list[dict], target: float, key: str) -> float:
     return float("nan")
 
 
-def final(folder: Path, lines: list[dict]) -> tuple[float, float]:
+def final(run: Run) -> tuple[float, float]:
     """(pass rate, pass@8) at the end of a run: from its benchmark, where the study made one.
 
     Otherwise the last held-out pass rate, and nan."""
-    path = folder / "benchmark" / "results.json"
+    path = run.folder / "benchmark" / "results.json"
     if path.exists():
         (result,) = json.loads(path.read_text())["results"].values()
         return result["mean"], result["pass_at"]["8"]
-    return evaluations(lines)[-1]["eval_pass_rate"], float("nan")
+    return evaluations(run.lines)[-1]["eval_pass_rate"], float("nan")
 
 
 def processbench_scores(labels: list[int], named: list[int | None]) -> dict[str, str]:
@@ -296,7 +285,7 @@ def results_table(named: Named, target: float) -> str:
     """What each name reached and what it cost: mean ± standard deviation over seeds."""
     rows = []
     for name, members in named.items():
-        ends = [final(run.folder, run.lines) for run in members]
+        ends = [final(run) for run in members]
         tokens = [run.lines[-1]["total_tokens"] / 1e6 for run in members]
         steps_to = [first_reach(run.lines, target, "step") for run in members]
         tokens_to = [first_reach(run.lines, target, "total_tokens") / 1e6 for run in members]
@@ -388,10 +377,6 @@ KS = (1, 2, 4, 8, 16, 32, 64)  # of pass@k
 
 def response_record(problem, i: int, rollout, seconds: float) -> dict:
     """The line of SET.jsonl for the i-th response to a problem."""
-    if problem.kind == "code":
-        answered = "```" in rollout.text
-    else:
-        answered = last_boxed(rollout.text) is not None
     return {
         "problem": problem.index,
         "sample": i,
@@ -399,7 +384,7 @@ def response_record(problem, i: int, rollout, seconds: float) -> dict:
         "finish": rollout.finish,
         "tokens": rollout.generated,
         "seconds": seconds,
-        "answered": answered,
+        "answered": KINDS[problem.kind].answered(rollout.text),
         "text": rollout.text,
     }
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from data.faults import UserError
 from data.verifiers import KINDS
-from data.verifiers import last_boxed as last_boxed  # old place: delete when README names verifiers
 
 
 @dataclass

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from data.curves import Run, evaluations
+from data.curves import evaluations
 from data.faults import UserError
-from data.runs import name_of, read_run
+from data.runs import Run, name_of, read_run
 from loss import token_weights
 
 POINTS = 400  # step lines of a run that its charts show, at most
@@ -39,7 +39,7 @@ def write_report(folders: list[Path], out: Path, megabytes: float) -> None:
 
     What does not fit is left out, and named in the page and on the terminal. Raises UserError for
     a folder that is no run, a damaged rollouts.jsonl, and an `out` that cannot be written."""
-    runs = [Run(folder, *read_run(folder)) for folder in folders]
+    runs = [read_run(Path(folder)) for folder in folders]
     data = {"notes": [], "runs": [run_for_page(run) for run in runs]}
     room = megabytes * 1e6 - len(page(data)) - NOTE_BYTES
     n_trees = 0
@@ -112,7 +112,7 @@ def run_for_page(run: Run) -> dict:
     for line in evaluations(run.lines):
         evals.append([line["step"], line["total_tokens"], rounded(line["eval_pass_rate"])])
     return {
-        "name": name_of(config),
+        "name": name_of(run),
         "seed": config["seed"],
         "folder": run.folder.resolve().name,
         "clip": config["clip"],

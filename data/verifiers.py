@@ -365,8 +365,6 @@ KINDS = {
     ),
 }
 
-sandbox_or_refusal = check_sandbox  # old name: delete when srpo.py and eval.py call check_machine
-
 
 def demo() -> None:
     """Grades a right, a wrong and an unreadable answer of every kind, and prints the faults."""

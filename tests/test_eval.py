@@ -18,9 +18,10 @@ import eval as evaluation
 import localize
 from conftest import POLICY, ROOT
 from data import build_policy, curves
+from data.driver import run_programs
 from data.faults import UserError
 from localize import by_oracle, by_verifier
-from rollout import Rollout, run_programs
+from rollout import Rollout
 
 
 @pytest.mark.parametrize("n, c, k", [(6, 0, 2), (6, 2, 3), (6, 5, 2), (6, 6, 1), (5, 1, 5)])

@@ -18,11 +18,12 @@ import pytest
 import eval as measures
 import srpo
 from data import curves
+from data.driver import run_programs
 from data.faults import UserError
 from data.report import page
-from data.runs import name_of
+from data.runs import name_of, read_run
 from loss import set_advantages, token_weights
-from rollout import PROGRAMS, run_programs
+from rollout import PROGRAMS
 
 CHROMIUM = (
     os.environ.get("CHROMIUM")
@@ -489,8 +490,7 @@ def test_what_a_model_writes_is_text(runs, hostile, tmp_path):
     assert text.count("</script>") == 2 and text.count("<script") == 2 and "<img" not in text
     first = "#run=1&step=1&problem=1"
     page = opened(out, first)
-    config = json.loads((hostile / "config.json").read_text())
-    assert page.title == f"SRPO report: {name_of(config)}, seed 0"
+    assert page.title == f"SRPO report: {name_of(read_run(hostile))}, seed 0"
     made = [tag for tag, _ in page.tags]
     assert "img" not in made and made.count("script") == 2 and made.count("b") < 100
     for _, attributes in page.tags:

@@ -9,8 +9,9 @@ from test_eval import make_run
 
 import loss
 from data import curves, runs
+from data.driver import run_programs
 from data.faults import UserError
-from rollout import grpo, run_programs
+from rollout import grpo
 from srpo import parse
 
 
@@ -125,7 +126,7 @@ def test_study_trains_goes_on_and_concludes(tmp_path, capsys):
     for picture in ("study.png", "ablations.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     for name, method in (("grpo-0", "grpo"), ("srpo-1x4-0", "srpo")):
-        config, _ = runs.read_run(tmp_path / name)
+        config = runs.read_run(tmp_path / name).config
         assert config["method"] == method and config["lr"] == 0.001
         assert config["steps"] == 2 and config["max_thoughts"] == 3
     with pytest.raises(UserError, match="other settings"):

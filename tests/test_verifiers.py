@@ -15,11 +15,11 @@ import pytest
 
 from data import prepare, verifiers
 from data.faults import UserError, counters
+from data.policies import encode_question
 from data.prepare import SETS, convert, half, main, verifiable
 from data.problems import Problem
 from data.tasks import load_problems
 from data.verifiers import KINDS, check_machine
-from rollout import encode_question
 
 
 @pytest.mark.parametrize(
