@@ -11,7 +11,7 @@ and judges each one.
 
 Reviews are labelled with the truth, so the policy reviews better than it writes.
 
-Where this task is on the README's map of "where do resets pay": 12 steps; a pass rate of 0.04, so
+Where this task is on the map of tests/README.md ("Why resets lose here"): 12 steps; a pass rate of 0.04, so
 most base groups have no success; errors anywhere in the chain; localization well above the
 break-even of 0.5 to 0.6; and 1,940 facts, so that training takes 100 steps or more.
 

@@ -9,6 +9,28 @@ Each set becomes NAME.jsonl, or NAME_train.jsonl and NAME_test.jsonl. A file app
 all: it is written under another name and renamed. Then every reference answer is graded by its own
 verifier, as a model would write it; the share that passes is printed, with the first that do not.
 
+Sets, with sizes, kinds, and licences as the source states them:
+
+    numinamath_olympiads     400 train, 100 test             math                   Apache-2.0
+    livecodebench_medium     383, tests halved               code                   CC
+    math500                  500                             math                   MIT
+    math_level5              500 of 1324                     math                   MIT
+    gsm8k, gsm8k_train       1319, 7473                      math                   MIT
+    aime24                   30                              math                   not stated
+    aime25, hmmt_nov_2025    30 each                         math                   CC BY-NC-SA 4.0
+    olympiadbench            675                             math                   Apache-2.0
+    acereason_math           as published                    math                   CC BY 4.0
+    theoremqa                747 without pictures            math, yes_no, choice   MIT
+    csqa                     1221                            choice                 MIT
+    strategyqa               500                             yes_no                 MIT
+    sciknoweval_chemistry, _physics, _biology, _materials
+                             500 each, at most               choice, yes_no, text   MIT
+    humaneval                164                             code                   MIT
+    processbench             3400                            labelled solutions     Apache-2.0
+
+Checked on local copies of the public files; no download has been tried. tests/README.md, "Graders
+on public sets", has the counts.
+
 Departures: sets that are sampled use `random.Random(42)`. The paper names the seed but not the
 generator, so its 400 + 100 problems may be others.
 

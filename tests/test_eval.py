@@ -43,7 +43,6 @@ def make_run(folder, seed, rates, method="srpo", **config):
         "prefixes": 1,
         "suffixes": 4,
         "localizer": "self",
-        "seed_choice": "first",
         "seed_source": "base",
         "seed": seed,
     }

@@ -20,10 +20,11 @@ import srpo
 from data import curves
 from data.driver import run_programs
 from data.faults import UserError
+from data.metrics import step_metrics
 from data.report import page
-from data.runs import name_of, read_run
+from data.runs import append, name_of, read_run
 from loss import set_advantages, token_weights
-from rollout import PROGRAMS
+from rollout import PROGRAMS, records_of
 
 CHROMIUM = (
     os.environ.get("CHROMIUM")
@@ -64,8 +65,7 @@ class Run:
         self.folder, self.rollouts = folder, {}
         folder.mkdir()
         cfg = srpo.Config(method=method, prompts_per_step=problems, **settings).resolve()
-        config = asdict(cfg)
-        config["name"] = "grpo" if method == "grpo" else f"{method} {cfg.prefixes}x{cfg.suffixes}"
+        config = {"name": cfg.name()} | asdict(cfg)
         (folder / "config.json").write_text(json.dumps(config))
         settings |= {key: config[key] for key in ("base", "prefixes", "suffixes")}
         lines = [{"step": 0, "total_tokens": 0, "eval_pass_rate": 0.25}]
@@ -84,9 +84,9 @@ class Run:
         set_advantages(rollouts)
         self.rollouts[step] = (rollouts, sampled.generated)
         path = self.folder / "rollouts.jsonl"
-        srpo.write_rollouts(path, step, rollouts, sampled.generated, tasks)
+        append(path, records_of(step, sampled.generated, tasks))
         line = {"step": step, "total_tokens": sum(r.generated for r in sampled.generated)}
-        line |= srpo.step_metrics(rollouts, sampled.generated, tasks)
+        line |= step_metrics(rollouts, sampled.generated, tasks)
         line |= {"trained_tokens": 1, "entropy": None, "counters": {}}
         line |= {"seconds": dict(sampled.seconds), "eval_pass_rate": 0.25 + step / 10}
         return line

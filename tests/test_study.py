@@ -67,7 +67,7 @@ def test_claims(tmp_path):
         }
         for name, members in named.items():
             folder = make_run(tmp_path / f"{name}-{seed}", seed, rates[name])
-            members.append(study.load_run(folder))
+            members.append(runs.read_run(folder))
     outcomes = {}
     for name, members in named.items():
         outcomes[name] = [study.outcome(run, 0.5) for run in members]
@@ -95,7 +95,7 @@ def test_claims(tmp_path):
 
 
 def test_costs_are_summed_over_phases(tmp_path):
-    run = study.load_run(make_run(tmp_path / "r", 0, (0.0, 0.1)))
+    run = runs.read_run(make_run(tmp_path / "r", 0, (0.0, 0.1)))
     table = curves.cost_table({"srpo 1x4": [run]})
     assert "| per step | seconds | base | train |" in table
     assert "| srpo 1x4 | 4.00 | 1.00 | 3.00 |" in table
