@@ -273,7 +273,12 @@ USUAL = dict(  # settings of tasks outside a training run: srpo.py's defaults
 
 
 def make_tasks(
-    problems: list[Problem], engine: "Engine", context: int, run_seed: int = 0, **settings
+    problems: list[Problem],
+    engine: "Engine",
+    context: int,
+    run_seed: int = 0,
+    localize: Callable | None = None,
+    **settings,
 ) -> list[Task]:
     """Tasks for measuring a policy, with the usual settings unless told otherwise."""
     cfg = SimpleNamespace(**(USUAL | settings))
@@ -281,7 +286,8 @@ def make_tasks(
     for slot, problem in enumerate(problems):
         prompt_ids = encode_question(engine.vocabulary.tokenizer, problem)
         rng = np.random.default_rng([run_seed, slot])
-        tasks.append(Task(problem, prompt_ids, slot, cfg, engine.vocabulary, None, rng, context))
+        task = Task(problem, prompt_ids, slot, cfg, engine.vocabulary, localize, rng, context)
+        tasks.append(task)
     return tasks
 
 

@@ -11,7 +11,7 @@ and judges each one.
 
 Reviews are labelled with the truth, so the policy reviews better than it writes.
 
-Where this task is on the README's map of "where do resets pay": 12 steps; a pass rate of 0.04, so
+Where this task is on the map of tests/README.md ("Why resets lose here"): 12 steps; a pass rate of 0.04, so
 most base groups have no success; errors anywhere in the chain; localization well above the
 break-even of 0.5 to 0.6; and 1,940 facts, so that training takes 100 steps or more.
 
@@ -36,11 +36,13 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.chains import MAX_STEPS, MODULUS, OPERATIONS, apply, generate_chains
+from data.driver import run_programs
 from data.faults import counters
+from data.policies import load_policy
 from data.verifiers import DELIMITER
-from eval import evaluate, make_tasks
+from eval import evaluate
 from localize import by_self
-from rollout import HFEngine, Rollout, Task, load_policy, run_programs
+from rollout import HFEngine, Rollout, Task, make_tasks
 
 # The mean of p is 0.76, and 0.76^12 = 0.04 of the chains of 12 steps come out right.
 HARD_SHARE = 0.20  # share of hard facts
@@ -389,21 +391,21 @@ def measure(model, tokenizer, n: int, steps: int, seed: int = 0) -> dict:
     engine = HFEngine(model, tokenizer)
     context = model.config.max_position_embeddings
     problems = generate_chains(steps, n, seed=2 * 10**6 + seed)
-    tasks = make_tasks(problems, tokenizer, engine, context, seed)
+    tasks = make_tasks(problems, engine, context, seed)
     sampled = evaluate(tasks, engine, 4)
-    greedy_tasks = make_tasks(problems, tokenizer, engine, context, seed, temperature=0.0)
+    greedy_tasks = make_tasks(problems, engine, context, seed, temperature=0.0)
     greedy = evaluate(greedy_tasks, engine, 1)
 
     judged = []
-    for task, group in zip(tasks, sampled["groups"]):
+    for task, group in zip(tasks, sampled.groups):
         for rollout in group:
             first_wrong = task.problem.check_steps(rollout.thoughts(tokenizer))
             judged.append(Judged(task, rollout, first_wrong))
     failures = [j for j in judged if j.rollout.reward == 0]
     return {
-        "pass_rate": sampled["pass_rate"],
-        "greedy": greedy["pass_rate"],
-        "finish": sampled["finish"],
+        "pass_rate": sampled.pass_rate,
+        "greedy": greedy.pass_rate,
+        "finish": sampled.finish,
         **measure_steps(judged, steps),
         **measure_localization(failures, engine),
     }

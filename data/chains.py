@@ -1,86 +1,119 @@
-"""The chain task."""
+"""The chain task: K steps of arithmetic modulo 97, with the exact truth of every step.
+
+    question   mod97 1: +7 2: *3 start 41 .
+    thoughts   1: +7 = 48</thought>   2: *3 = 47</thought>   \\boxed{ 47 }</thought>
+
+This is the task of the embedded policy (data/policy, made by data/build_policy.py). The number of
+steps K is the difficulty. A chain is generated, so the first wrong thought of a rollout is known
+exactly, and so is whether a localizer names it.
+
+97 is prime, so every operation is a bijection: a wrong value stays wrong to the end of the chain,
+unless a second error happens to undo the first.
+
+Left out: solutions in another form. A thought is right only if it reads as in `chain_thoughts`.
+
+Try it alone:  python -m data.chains        # a problem, its true thoughts, a wrong one found
+"""
 
 import numpy as np
 
 from data.problems import Problem
 from data.verifiers import DELIMITER, last_boxed
 
-MODULUS = 97  # prime, so every operation below is a bijection: a wrong chain stays wrong unless a second error undoes the first
-
-
-OPERATIONS = (
-    [f"+{b}" for b in range(2, 10)]
-    + [f"-{b}" for b in range(2, 10)]
-    + [f"*{b}" for b in range(2, 6)]
-)
-
-
+MODULUS = 97
 MAX_STEPS = 24  # step labels in the embedded policy's vocabulary
 
 
+def all_operations() -> list[str]:
+    """Lists the 20 operations: +2 to +9, -2 to -9, *2 to *5."""
+    operations = [f"+{b}" for b in range(2, 10)]
+    operations += [f"-{b}" for b in range(2, 10)]
+    operations += [f"*{b}" for b in range(2, 6)]
+    return operations
+
+
+OPERATIONS = all_operations()
+
+
 def apply(operation: str, value: int) -> int:
-    """The truth of one step: `apply("*3", 41) == 26` (modulo 97)."""
+    """Returns the true result of one step: `apply("*3", 41) == 26` (modulo 97)."""
     b = int(operation[1:])
-    return {"+": value + b, "-": value - b, "*": value * b}[operation[0]] % MODULUS
+    if operation[0] == "+":
+        return (value + b) % MODULUS
+    if operation[0] == "-":
+        return (value - b) % MODULUS
+    return (value * b) % MODULUS
 
 
 def chain_thoughts(start: int, operations: list[str]) -> list[str]:
-    """The right thoughts of a chain of K operations: K steps and the boxed answer, without delimiters.
+    """Returns the K + 1 true thoughts: K steps and the boxed answer, without delimiters.
 
     >>> chain_thoughts(41, ["+7", "*3"])
     ['1: +7 = 48', '2: *3 = 47', '\\\\boxed{ 47 }']
     """
-    thoughts, value = [], start
-    for i, operation in enumerate(operations, 1):
+    thoughts = []
+    value = start
+    for number, operation in enumerate(operations, 1):
         value = apply(operation, value)
-        thoughts.append(f"{i}: {operation} = {value}")
-    return thoughts + [f"\\boxed{{ {value} }}"]
+        thoughts.append(f"{number}: {operation} = {value}")
+    thoughts.append(f"\\boxed{{ {value} }}")
+    return thoughts
 
 
 def chain_question(start: int, operations: list[str]) -> str:
-    """`mod97 1: +7 2: *3 start 41 .`"""
-    return (
-        f"mod{MODULUS} "
-        + " ".join(f"{i}: {op}" for i, op in enumerate(operations, 1))
-        + f" start {start} ."
-    )
+    """Writes the question: `mod97 1: +7 2: *3 start 41 .`"""
+    steps = [f"{number}: {operation}" for number, operation in enumerate(operations, 1)]
+    return f"mod{MODULUS} {' '.join(steps)} start {start} ."
 
 
 def chain_problem(index: int, start: int, operations: list[str]) -> Problem:
+    """Makes one problem, with the check of its thoughts."""
     truth = chain_thoughts(start, operations)
 
     def check_steps(thoughts: list[str]) -> int | None:
-        for i, thought in enumerate(thoughts):
-            if i >= len(truth) or thought.replace(DELIMITER, "").split() != truth[i].split():
-                return i + 1
-        return (
-            None if len(thoughts) == len(truth) else len(thoughts)
-        )  # stopped early: its last thought should not have been last
+        """Returns the 1-based index of the first thought that is not the true one, or None."""
+        for h, thought in enumerate(thoughts, 1):
+            if h > len(truth):
+                return h
+            if thought.replace(DELIMITER, "").split() != truth[h - 1].split():
+                return h
+        if len(thoughts) < len(truth):
+            return len(thoughts)  # it ends too early: its last thought should not be the last
+        return None
 
     return Problem(
-        index, chain_question(start, operations), last_boxed(truth[-1]), "integer", check_steps
+        index=index,
+        question=chain_question(start, operations),
+        answer=last_boxed(truth[-1]),
+        kind="integer",
+        check_steps=check_steps,
     )
 
 
 def generate_chains(steps: int, n: int, seed: int) -> list[Problem]:
-    """n problems of `steps` operations each (the difficulty dial), a function of the seed."""
+    """Generates n problems of `steps` operations each; the random seed determines them."""
     rng = np.random.default_rng([seed, steps])
-    return [
-        chain_problem(
-            i,
-            int(rng.integers(MODULUS)),
-            [OPERATIONS[j] for j in rng.integers(len(OPERATIONS), size=steps)],
-        )
-        for i in range(n)
-    ]
+    problems = []
+    for index in range(n):
+        start = int(rng.integers(MODULUS))
+        chosen = rng.integers(len(OPERATIONS), size=steps)
+        operations = [OPERATIONS[k] for k in chosen]
+        problems.append(chain_problem(index, start, operations))
+    return problems
+
+
+def demo() -> None:
+    """Prints a problem and its true thoughts, and finds the wrong thought of a response."""
+    start, operations = 41, ["+7", "*3", "-5"]
+    problem = chain_problem(0, start, operations)
+    print(problem.question, "->", problem.answer)
+    truth = chain_thoughts(start, operations)
+    wrong = [truth[0], "2: *3 = 50", "3: -5 = 45", "\\boxed{ 45 }"]
+    for thoughts in (truth, wrong):
+        response = f"{DELIMITER} ".join(thoughts)
+        print(response)
+        print(f"  reward {problem.grade(response)}, first wrong: {problem.check_steps(thoughts)}")
 
 
 if __name__ == "__main__":
-    problem = generate_chains(steps=4, n=1, seed=0)[0]
-    print(problem.question, "->", problem.answer)
-    print(
-        "reward of the right answer:",
-        problem.grade(f"\\boxed{{ {problem.answer} }}"),
-        "of a wrong one:",
-        problem.grade("\\boxed{ 97 }"),
-    )
+    demo()

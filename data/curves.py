@@ -1,104 +1,210 @@
-"""Curves and tables of runs."""
+"""Curves, tables and statistics of what was measured: training runs and benchmarks.
+
+Runs with the same name differ only in their random seed: they share one curve and one table row.
+Intervals over seeds are bootstrap intervals; intervals of a share are Wilson's.
+
+Left out: significance tests, and corrections for the number of comparisons.
+
+Try it alone:  python eval.py curves RUN_DIR [RUN_DIR...]
+"""
 
 import json
-from collections import defaultdict
+import math
+import os
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data.runs import name_of, read_run
+from data.faults import UserError
+from data.runs import Run, name_of, read_run
+from data.verifiers import KINDS
 
-Named = dict[
-    str, list[tuple[Path, dict, list[dict]]]
-]  # name: [(folder, settings, step lines)], one for each seed
+Named = dict[str, list[Run]]  # runs by name, one for each random seed
+
+# A step line's keys for the horizontal axis: (label, divisor)
+AXES = {
+    "step": ("gradient steps", 1),
+    "total_tokens": ("tokens generated in training, millions", 1e6),
+    "trained_total": ("tokens in the loss, millions", 1e6),
+    "seconds_total": ("training time without evaluations, seconds", 1),
+}
+
+# What a step spends its seconds on; the first five are sampling, by purpose
+SAMPLING = ("base", "seed", "localization", "suffix", "oracle")
+PHASES = (*SAMPLING, "grade", "wait", "train", "sync")
+
+# Colours of advantages, the same in every picture and in data/report.html; fit for the colour-blind
+POSITIVE, NEGATIVE = "#2166ac", "#b2182b"
 
 
-def by_name(runs: list[Path]) -> Named:
-    """Runs that differ only in their seed share a name; it says learning rate, data or model where the runs differ in them."""
-    read = [(Path(run), *(lambda x: (x.config, x.lines))(read_run(Path(run)))) for run in runs]
-    varied = [
-        key
-        for key in ("lr", "train_data", "model")
-        if len({config.get(key) for _, config, _ in read}) > 1
-    ]
-    named = defaultdict(list)
-    for run, config, lines in read:
-        named[" ".join([config.get('name','x'), *(f"{key} {config.get(key)}" for key in varied)])].append(
-            (run, config, lines)
-        )
-    return dict(named)
+def by_name(folders: list[Path]) -> Named:
+    """Reads run directories and groups them by name. Raises UserError for one that is no run."""
+    named = {}
+    for folder in folders:
+        run = read_run(Path(folder))
+        named.setdefault(name_of(run), []).append(run)
+    return named
 
 
-def interval(
-    values, statistic=lambda x: x.mean(0), resamples: int = 4000
-) -> tuple[float, float, float]:
-    """(statistic, 2.5% and 97.5% of its bootstrap) over the first axis of `values`: seeds, with everything that is paired by seed in a row.
-    The bounds are nan for one seed, which says nothing about others."""
+def evaluations(lines: list[dict]) -> list[dict]:
+    """The step lines that hold a held-out pass rate."""
+    return [line for line in lines if "eval_pass_rate" in line]
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+class Interval(NamedTuple):
+    """A statistic and its 95% interval: numbers, or arrays of one shape."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_over_seeds(values: np.ndarray) -> float:
+    return values.mean(0)
+
+
+def interval(values, statistic=mean_over_seeds, resamples: int = 4000) -> Interval:
+    """A statistic of `values` [seeds, ...] with its 95% bootstrap interval over seeds.
+
+    Put everything that is paired by seed into one row. With one seed the bounds are nan: it says
+    nothing about other seeds."""
     values = np.asarray(values, float)
-    if len(values) == 1:
-        return statistic(values), np.nan, np.nan
-    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    drawn = np.array([statistic(values[pick]) for pick in picks])
-    return (statistic(values), *np.percentile(drawn, (2.5, 97.5), axis=0))
+    n = len(values)
+    if n == 1:
+        return Interval(statistic(values), np.nan, np.nan)
+    picks = np.random.default_rng(0).integers(n, size=(resamples, n))
+    resampled = [statistic(values[pick]) for pick in picks]
+    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+    return Interval(statistic(values), low, high)
 
 
-AXES = {"step": ("step", 1), "total_tokens": ("million generated tokens, all purposes", 1e6), "trained_total": ("million trained tokens", 1e6),
-        "seconds_total": ("seconds, without evaluations", 1)}  # fmt: skip
+def half_interval(values: np.ndarray) -> float:
+    """Half of the normal 95% interval of a mean; nan for one value."""
+    if len(values) < 2:
+        return float("nan")
+    return float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
-    """Held-out pass rate against each of `axes` (keys of AXES); with several seeds of a name, their mean and its 95% interval."""
-    plt = pyplot()
-    figure, panels = plt.subplots(
-        len(axes) // 2, 2, figsize=(10, 1.9 * len(axes)), sharey=True, layout="constrained"
-    )
-    panels = panels.ravel()
-    for color, (name, members) in zip(
-        plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, named.items()
-    ):
-        evaluations = [[x for x in lines if "eval_pass_rate" in x] for _, _, lines in members]
-        shared = min(map(len, evaluations))
-        mean, low, high = interval(
-            [[x["eval_pass_rate"] for x in points[:shared]] for points in evaluations]
-        )
-        for panel, key in zip(panels, axes):
-            x = (
-                np.mean([[x[key] for x in points[:shared]] for points in evaluations], 0)
-                / AXES[key][1]
-            )
-            panel.plot(
-                x,
-                mean,
-                color=color,
-                label=name if len(members) == 1 else f"{name} ({len(members)} seeds)",
-                marker="o",
-                markersize=3,
-            )
-            if len(members) > 1:
-                panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    if (
-        len(named) == 1 and len(members) == 1
-    ):  # one run: its training rates too, which have a point at every step
-        for key, label in (("pass_base", "base groups"), ("pass_suffix", "suffix groups")):
-            seen = [x for x in members[0][2] if x["step"] > 0 and x[key] is not None]
-            for panel, axis in zip(panels, axes):
-                panel.plot(
-                    [x[axis] / AXES[axis][1] for x in seen],
-                    [x[key] for x in seen],
-                    label=f"{label} (training)",
-                    linewidth=0.8,
-                    alpha=0.6,
-                )
-    for panel, axis in zip(panels, axes):
-        panel.set(xlabel=AXES[axis][0])
-        panel.grid(alpha=0.3)
-    panels[0].set(ylabel="held-out pass rate", ylim=(0, None))
-    panels[0].legend(fontsize=8, loc="upper left")
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+def mean_with_interval(values: np.ndarray) -> str:
+    return f"{values.mean():.3f} ± {half_interval(values):.3f}"
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of the share right / n.
+
+    >>> [round(x, 3) for x in wilson(5, 10)]
+    [0.237, 0.763]
+    """
+    z = 1.96
+    p = right / n
+    scale = 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share(right: int, n: int) -> str:
+    """right / n in words, with its 95% interval."""
+    if n == 0:
+        return "none"
+    low, high = wilson(right, n)
+    return f"{right / n:.3f} ({low:.3f} to {high:.3f}, {right} of {n})"
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, from c right ones of n.
+
+    1 - C(n-c, k) / C(n, k).
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def spread(values, form: str) -> str:
+    """Mean ± standard deviation over seeds, of those that are not nan (those that got there)."""
+    values = np.array(values, float)
+    reached = values[~np.isnan(values)]
+    if len(reached) == 0:
+        return "-"
+    deviation = reached.std(ddof=1) if len(reached) > 1 else 0
+    text = f"{reached.mean():{form}} ± {deviation:{form}}"
+    missing = len(values) - len(reached)
+    return f"{text} ({missing} not)" if missing else text
+
+
+def first_reach(lines: list[dict], target: float, key: str) -> float:
+    """Value of `key` where the held-out pass rate first reaches `target`; nan if it never does.
+
+    Linear between evaluations."""
+    for before, after in pairwise(evaluations(lines)):
+        y0, y1 = before["eval_pass_rate"], after["eval_pass_rate"]
+        if y0 < target <= y1:
+            x0, x1 = before[key], after[key]
+            return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
+    return float("nan")
+
+
+def final(run: Run) -> tuple[float, float]:
+    """(pass rate, pass@8) at the end of a run: from its benchmark, where the study made one.
+
+    Otherwise the last held-out pass rate, and nan."""
+    path = run.folder / "benchmark" / "results.json"
+    if path.exists():
+        (result,) = json.loads(path.read_text())["results"].values()
+        return result["mean"], result["pass_at"]["8"]
+    return evaluations(run.lines)[-1]["eval_pass_rate"], float("nan")
+
+
+def processbench_scores(labels: list[int], named: list[int | None]) -> dict[str, str]:
+    """Accuracy on erroneous and on correct solutions, and F1, their harmonic mean (ProcessBench).
+
+    labels: 0-based first wrong step, -1 for none. named: 1-based step, 0 for "no error", None for
+    no answer, which is wrong. An erroneous solution needs its exact step, a correct one 0."""
+    erroneous, correct = [], []
+    for label, h in zip(labels, named):
+        hit = h is not None and h == label + 1
+        if label >= 0:
+            erroneous.append(hit)
+        else:
+            correct.append(hit)
+    a = np.mean(erroneous) if erroneous else float("nan")
+    b = np.mean(correct) if correct else float("nan")
+    f1 = 2 * a * b / (a + b) if a + b else 0.0
+    return {
+        "accuracy on erroneous": share(sum(erroneous), len(erroneous)),
+        "accuracy on correct": share(sum(correct), len(correct)),
+        "F1": f"{f1:.3f}",
+    }
+
+
+def by_chance(lengths: list[int]) -> str:
+    """Accuracy of naming one of H steps at random, for the given H."""
+    chance = np.mean([1 / H for H in lengths]) if lengths else float("nan")
+    return f"{chance:.3f}"
+
+
+def markdown(rows: list[dict]) -> str:
+    """A Markdown table with the first row's keys as its columns."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [str(row[name]) for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- picture
 
 
 def pyplot():
+    """matplotlib.pyplot without a window; imported here, so that training starts without it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,88 +213,291 @@ def pyplot():
     return plt
 
 
-def first_reach(lines: list[dict], target: float, key: str) -> float:
-    """Value of `key` at which the held-out pass rate first reaches target, linear between evaluations; nan if it never does."""
-    points = [(x[key], x["eval_pass_rate"]) for x in lines if "eval_pass_rate" in x]
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if y0 < target <= y1:
-            return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
-    return float("nan")
+def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
+    """Draws the held-out pass rate against each of `axes` (keys of AXES).
+
+    Runs of one name are drawn as their mean over seeds, with its 95% interval. A single run also
+    gets the pass rates of its training rollouts."""
+    plt = pyplot()
+    size = (10, 1.9 * len(axes))
+    figure, grid = plt.subplots(len(axes) // 2, 2, figsize=size, sharey=True, layout="constrained")
+    panels = dict(zip(axes, grid.ravel()))
+    for number, (name, members) in enumerate(named.items()):
+        draw_mean(panels, name, members, f"C{number}")
+    runs = list(chain.from_iterable(named.values()))
+    if len(runs) == 1:
+        draw_training_rates(panels, runs[0])
+    for axis, panel in panels.items():
+        panel.set(xlabel=AXES[axis][0])
+        panel.grid(alpha=0.3)
+    first = panels[axes[0]]
+    first.set(ylabel="held-out pass rate", ylim=(0, None))
+    first.legend(fontsize=8, loc="upper left")
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
 
 
-def final(run: Path, lines: list[dict]) -> tuple[float, float]:
-    """(pass rate, pass@8) after a run: from its benchmark where `study` made one, else the last held-out rate and nan."""
-    if (run / "benchmark" / "results.json").exists():
-        (result,) = json.loads((run / "benchmark" / "results.json").read_text())["results"].values()
-        return result["mean"], result["pass_at"]["8"]
-    return [x["eval_pass_rate"] for x in lines if "eval_pass_rate" in x][-1], float("nan")
+def draw_mean(panels: dict, name: str, members: list[Run], color: str) -> None:
+    """The mean curve of the runs of one name, as far as all of them got. panels: by key of AXES."""
+    several = len(members) > 1
+    label = f"{name} ({len(members)} seeds)" if several else name
+    points = [evaluations(run.lines) for run in members]
+    shared = min(len(one) for one in points)
+    points = [one[:shared] for one in points]
+    rates = interval([column(one, "eval_pass_rate") for one in points])
+    for axis, panel in panels.items():
+        x = np.mean([column(one, axis) for one in points], axis=0) / AXES[axis][1]
+        panel.plot(x, rates.value, color=color, label=label, marker="o", markersize=3)
+        if several:
+            panel.fill_between(x, rates.low, rates.high, color=color, alpha=0.15, linewidth=0)
 
 
-def spread(values, form: str) -> str:
-    """mean ± standard deviation over seeds; how many did not get there."""
-    values = np.array(values, float)
-    reached = values[~np.isnan(values)]
-    if not len(reached):
-        return "-"
-    missing = f" ({len(values) - len(reached)} not)" if len(reached) < len(values) else ""
-    return f"{reached.mean():{form}} ± {reached.std(ddof=1) if len(reached) > 1 else 0:{form}}{missing}"
+def draw_training_rates(panels: dict, run: Run) -> None:
+    """The pass rates of one run's training rollouts, which have a point at every step."""
+    for key, color in (("pass_base", "C1"), ("pass_suffix", "C2")):
+        label = f"training, {key.removeprefix('pass_')} groups"
+        steps = [line for line in run.lines if line["step"] > 0 and line[key] is not None]
+        for axis, panel in panels.items():
+            x = np.array(column(steps, axis)) / AXES[axis][1]
+            panel.plot(x, column(steps, key), color=color, label=label, linewidth=0.8, alpha=0.7)
+
+
+def column(lines: list[dict], key: str) -> list:
+    return [line[key] for line in lines]
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+def write_curves(folders: list[Path], out: Path, target: float) -> None:
+    """Draws the learning curves of runs to `out`, and prints what they reached and cost."""
+    named = by_name(folders)
+    draw_curves(named, out)
+    print(results_table(named, target))
+    print("mean ± standard deviation over seeds; pass rates are of held-out problems;")
+    print(f"until {target}: to that pass rate; (n not): n seeds did not reach it\n")
+    print(cost_table(named))
+    print("seconds of a step in total and by phase: base to oracle are sampling, by purpose\n")
+    print(f"drawn in {out} (band: 95% bootstrap interval of the mean over seeds)")
 
 
 def results_table(named: Named, target: float) -> str:
-    rows = [
-        f"| method | seeds | lr | steps | M tokens | final pass rate | pass@8 | steps to {target} | M tokens to {target} | exact h*, first and last 10 steps |",
-        "|---" * 10 + "|",
-    ]
+    """What each name reached and what it cost: mean ± standard deviation over seeds."""
+    rows = []
     for name, members in named.items():
-        ends = [
-            [
-                x["localized_exact"]
-                for _, _, lines in members
-                for x in lines[part]
-                if x.get("localized_exact") is not None
-            ]
-            for part in (slice(1, 11), slice(-10, None))
-        ]
-        finals = [final(run, lines) for run, _, lines in members]
-        rows.append(
-            f"| {name} | {len(members)} | {members[0][1].get('lr', '-')} | {np.mean([lines[-1]['step'] for _, _, lines in members]):.0f} "
-            f"| {spread([lines[-1]['total_tokens'] / 1e6 for _, _, lines in members], '.2f')} | {spread([f[0] for f in finals], '.3f')} | {spread([f[1] for f in finals], '.3f')} "
-            f"| {spread([first_reach(lines, target, 'step') for _, _, lines in members], '.0f')} | {spread([first_reach(lines, target, 'total_tokens') / 1e6 for _, _, lines in members], '.2f')} "
-            f"| {', '.join(f'{np.mean(end):.2f}' for end in ends) if all(ends) else '-'} |"
-        )  # fmt: skip
-    return "\n".join(rows)
+        ends = [final(run) for run in members]
+        tokens = [run.lines[-1]["total_tokens"] / 1e6 for run in members]
+        steps_to = [first_reach(run.lines, target, "step") for run in members]
+        tokens_to = [first_reach(run.lines, target, "total_tokens") / 1e6 for run in members]
+        row = {
+            "run": name,
+            "seeds": len(members),
+            "learning rate": members[0].config.get("lr", "-"),
+            "steps": f"{np.mean([run.lines[-1]['step'] for run in members]):.0f}",
+            "million tokens generated": spread(tokens, ".2f"),
+            "final pass rate": spread([pass_rate for pass_rate, _ in ends], ".3f"),
+            "final pass@8": spread([pass_at_8 for _, pass_at_8 in ends], ".3f"),
+            f"steps until {target}": spread(steps_to, ".0f"),
+            f"million tokens until {target}": spread(tokens_to, ".2f"),
+            "first errors located exactly, first and last 10 steps": located_exactly(members),
+        }
+        rows.append(row)
+    return markdown(rows)
 
 
-PHASES = ("base", "seed", "localization", "suffix", "oracle", "grade", "wait", "train", "sync")
+def located_exactly(members: list[Run]) -> str:
+    """Mean share of resets at the true first wrong thought, in the first and last ten steps."""
+    first, last = [], []
+    for run in members:
+        first += run.lines[1:11]  # line 0 is the evaluation before training
+        last += run.lines[-10:]
+    means = []
+    for lines in (first, last):
+        known = [x["localized_exact"] for x in lines if x.get("localized_exact") is not None]
+        if not known:
+            return "-"
+        means.append(f"{np.mean(known):.2f}")
+    return ", ".join(means)
 
 
 def cost_table(named: Named) -> str:
-    """Seconds by phase, sampling speed and tokens of a step: medians over seeds, so that a run beside other work does not count, of means over steps."""
-    used = [
-        phase
-        for phase in PHASES
-        if any(
-            x.get("seconds", {}).get(phase, 0) > 0.005
-            for members in named.values()
-            for _, _, lines in members
-            for x in lines
-        )
-    ]
-    rows = [
-        "| per step | seconds |"
-        + "".join(f" {phase} |" for phase in used)
-        + " tokens generated | tokens/s sampling | tokens trained | response, tokens |",
-        "|---" * (6 + len(used)) + "|",
-    ]
+    """Seconds by phase, sampling speed and tokens of one training step.
+
+    Means over steps, then medians over seeds: a run that shared its machine does not count."""
+    lines = []
+    for run in chain.from_iterable(named.values()):
+        lines += run.lines
+    used = []
+    for phase in PHASES:
+        if any(spent(line, (phase,)) > 0.005 for line in lines):
+            used.append(phase)
+    rows = []
     for name, members in named.items():
-        mean = lambda read: np.median(
-            [np.mean([read(x) for x in lines if "seconds" in x]) for _, _, lines in members]
-        )  # noqa: E731
-        shares = [mean(lambda x: x["seconds"].get(phase, 0)) for phase in used]
-        tokens, sampling = (
-            mean(lambda x: sum(x.get("tokens", {}).values())),
-            mean(lambda x: sum(x["seconds"].get(phase, 0) for phase in PHASES[:5])),
+        runs = [step_costs(run) for run in members]
+        cost = {}
+        for key in runs[0]:
+            cost[key] = np.median([one[key] for one in runs])
+        row = {"per step": name, "seconds": f"{cost['seconds']:.2f}"}
+        for phase in used:
+            row[phase] = f"{cost[phase]:.2f}" if cost[phase] else ""
+        row["tokens generated"] = f"{cost['generated']:,.0f}"
+        speed = cost["generated"] / max(cost["sampling"], 1e-9)
+        row["tokens per second of sampling"] = f"{speed:,.0f}"
+        row["tokens in the loss"] = f"{cost['trained']:,.0f}"
+        row["tokens of a response"] = f"{cost['response']:.0f}"
+        rows.append(row)
+    return markdown(rows)
+
+
+def step_costs(run: Run) -> dict[str, float]:
+    """Means over the steps of one run: seconds (of all, of sampling, of each phase) and tokens."""
+    steps = [line for line in run.lines if "seconds" in line]
+    costs = {
+        "seconds": np.mean([sum(line["seconds"].values()) for line in steps]),
+        "sampling": np.mean([spent(line, SAMPLING) for line in steps]),
+        "generated": np.mean([sum(line.get("tokens", {}).values()) for line in steps]),
+        "trained": np.mean([line.get("trained_tokens", 0) for line in steps]),
+        "response": np.mean([line.get("response_tokens", 0) for line in steps]),
+    }
+    for phase in PHASES:
+        costs[phase] = np.mean([spent(line, (phase,)) for line in steps])
+    return costs
+
+
+def spent(line: dict, phases: tuple[str, ...]) -> float:
+    """Seconds that a step spent on the given phases."""
+    seconds = line.get("seconds", {})
+    return sum(seconds.get(phase, 0) for phase in phases)
+
+
+# ---------------------------------------------------------------------------------- benchmarks
+
+KS = (1, 2, 4, 8, 16, 32, 64)  # of pass@k
+
+
+def response_record(problem, i: int, rollout, seconds: float) -> dict:
+    """The line of SET.jsonl for the i-th response to a problem."""
+    return {
+        "problem": problem.index,
+        "sample": i,
+        "reward": rollout.reward,
+        "finish": rollout.finish,
+        "tokens": rollout.generated,
+        "seconds": seconds,
+        "answered": KINDS[problem.kind].answered(rollout.text),
+        "text": rollout.text,
+    }
+
+
+def check_settings(out: Path, settings: dict) -> None:
+    """Raises UserError where `out` holds a benchmark with other settings."""
+    path = out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise UserError(f"{out} holds a benchmark with other settings; choose another --out")
+
+
+def finished_problems(path: Path, samples: int) -> dict[int, list[dict]]:
+    """Reads SET.jsonl: {problem: its responses}, of the problems that have all of them.
+
+    Drops the lines of other problems from the file, and a last line that a kill cut in two."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    found = {}
+    for line in lines:
+        if line.endswith("\n"):
+            record = json.loads(line)
+            found.setdefault(record["problem"], []).append(record)
+    done = {problem: records for problem, records in found.items() if len(records) == samples}
+    kept = [json.dumps(record) + "\n" for record in chain.from_iterable(done.values())]
+    if len(kept) < len(lines):
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+    return done
+
+
+def summary(done: dict[int, list[dict]], samples: int) -> dict:
+    """The results of one data set, as results.json holds them.
+
+    mean: mean@n, the share of right responses; half: half of its 95% interval over problems;
+    pass_at: {k: pass@k}; tokens, seconds: per problem; truncated, unparsable: shares of responses
+    that hit a length limit, or gave no answer; by_problem: {problem: its share of right ones}."""
+    problems = sorted(done)
+    rewards, records = [], []
+    for p in problems:
+        rewards.append([r["reward"] for r in done[p]])
+        records += done[p]
+    rewards = np.array(rewards)  # [problems, samples]
+    right = rewards >= 1
+    rates = right.mean(1)
+    pass_at = {}
+    for k in KS:
+        if k <= samples:
+            pass_at[k] = float(np.mean([pass_at_k(samples, int(c), k) for c in right.sum(1)]))
+    return {
+        "problems": len(problems),
+        "mean": float(rates.mean()),
+        "half": half_interval(rates),
+        "reward": float(rewards.mean()),
+        "pass_at": pass_at,
+        "tokens": sum(r["tokens"] for r in records) / len(problems),
+        "seconds": sum(r["seconds"] for r in records) / len(problems),
+        "truncated": float(np.mean([r["finish"] in ("length", "thoughts") for r in records])),
+        "unparsable": float(np.mean([not r["answered"] for r in records])),
+        "by_problem": {str(p): float(rate) for p, rate in zip(problems, rates)},
+    }
+
+
+def benchmark_table(results: dict, samples: int) -> str:
+    rows = []
+    for name, r in results.items():
+        row = {
+            "data set": name,
+            "problems": r["problems"],
+            f"mean@{samples}": f"{r['mean']:.3f} ± {r['half']:.3f}",
+        }
+        for k, rate in r["pass_at"].items():
+            if k > 1:
+                row[f"pass@{k}"] = f"{rate:.3f}"
+        row["mean reward"] = f"{r['reward']:.3f}"
+        row["tokens"] = f"{r['tokens']:.0f}"
+        row["seconds"] = f"{r['seconds']:.2f}"
+        row["hit a length limit"] = f"{r['truncated']:.3f}"
+        row["gave no answer"] = f"{r['unparsable']:.3f}"
+        rows.append(row)
+    return markdown(rows)
+
+
+def compare(first: Path, second: Path) -> None:
+    """Prints the paired difference of two results.json, with a bootstrap interval over problems."""
+    try:
+        a = json.loads(first.read_text())["results"]
+        b = json.loads(second.read_text())["results"]
+    except (OSError, json.JSONDecodeError, KeyError) as fault:
+        raise UserError(
+            f"--compare needs two results.json of this command ({type(fault).__name__}: {fault})"
         )
-        rows.append(f"| {name} | {mean(lambda x: sum(x['seconds'].values())):.2f} |" + "".join(f" {s:.2f} |" if s else " |" for s in shares)
-                    + f" {tokens:,.0f} | {tokens / max(sampling, 1e-9):,.0f} | {mean(lambda x: x.get('trained_tokens', 0)):,.0f} | {mean(lambda x: x.get('response_tokens', 0)):.0f} |")  # fmt: skip
-    return "\n".join(rows)
+    shared = [name for name in a if name in b]
+    if not shared:
+        raise UserError(
+            f"{first} and {second} share no data set: {', '.join(a)} against {', '.join(b)}"
+        )
+    rows = []
+    for name in shared:
+        x, y = a[name]["by_problem"], b[name]["by_problem"]
+        if x.keys() != y.keys():
+            raise UserError(
+                f"{name}: the two were measured on different problems; "
+                "use the same --data, --problems and --seed"
+            )
+        gain = interval([y[p] - x[p] for p in x], resamples=10_000)
+        row = {
+            "data set": name,
+            "problems": len(x),
+            f"A = {first.parent.name}": f"{np.mean(list(x.values())):.3f}",
+            f"B = {second.parent.name}": f"{np.mean(list(y.values())):.3f}",
+            "B - A, 95% interval": f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})",
+        }
+        rows.append(row)
+    print(markdown(rows))

@@ -1,18 +1,27 @@
-"""What can go wrong: errors that the user can mend, and named counters of faults."""
+"""What can go wrong: errors that the user can mend, and counters of named faults.
+
+Two ways to report trouble, used by every other file:
+  - `UserError` stops the run. Its message is one line; the command prints it, not a traceback.
+  - `count(fault)` notes a fault that a run survives: a response without a box, a grading timeout,
+    an unusable localization. `counters` holds the totals; every step line of a run has its share.
+
+Left out: logging levels. A fault either stops the run or is counted.
+
+This file imports nothing of the project, so every file may import it.
+"""
 
 import threading
 from collections import Counter
 
-counters: Counter = Counter()  # named grading faults (no box, not an integer, timeout, ...), read and cleared by every step line
-
-
-_counting = threading.Lock()
-
-
-def count(fault: str) -> None:
-    with _counting:  # slow verifiers run in threads
-        counters[fault] += 1
+counters: Counter = Counter()  # name of a fault -> how often it happened in this process
+_lock = threading.Lock()
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one line that says what was wrong and what to do."""
+    """An error that the user can mend: one line that says what is wrong and what to do."""
+
+
+def count(fault: str) -> None:
+    """Adds one to the counter of a fault. Safe from threads: slow graders run in some."""
+    with _lock:
+        counters[fault] += 1

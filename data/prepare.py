@@ -1,14 +1,43 @@
-"""Public problem sets as JSON lines of problems: the paper's training and evaluation sets, and the usual ones.
+"""Public problem sets as JSON lines: the paper's training and evaluation sets, and the usual ones.
 
-    python -m data.prepare gsm8k math500 --out problems          # downloads through the `datasets` library (pip install datasets)
-    python -m data.prepare gsm8k --from test.jsonl               # converts a local copy in the set's own record layout (.json, .jsonl, .gz)
-    python -m data.prepare --list                                # names, sizes, kinds, licences, sources
+    python -m data.prepare gsm8k math500 --out problems   # downloads (pip install datasets)
+    python -m data.prepare gsm8k --from test.jsonl        # converts a local copy in the set's own
+                                                          # record layout: .json, .jsonl, also .gz
+    python -m data.prepare --list                         # names, sources, licences
 
-Each set becomes NAME.jsonl (or NAME_train.jsonl and NAME_test.jsonl), whole or not at all: it is written beside its place and renamed. Then every
-reference answer is graded against itself by its own verifier, and the share that passes is printed with the first that does not.
+Each set becomes NAME.jsonl, or NAME_train.jsonl and NAME_test.jsonl. A file appears whole or not at
+all: it is written under another name and renamed. Then every reference answer is graded by its own
+verifier, as a model would write it; the share that passes is printed, with the first that do not.
 
-Sets that are sampled use `random.Random(42)`: the paper names the seed, not the generator, so its 400 + 100 problems may be others.
-Left out: answers that are proofs, pictures (TheoremQA's are dropped), and judged open answers (SciKnowEval's are graded by containment).
+Sets, with sizes, kinds, and licences as the source states them:
+
+    numinamath_olympiads     400 train, 100 test             math                   Apache-2.0
+    livecodebench_medium     383, tests halved               code                   CC
+    math500                  500                             math                   MIT
+    math_level5              500 of 1324                     math                   MIT
+    gsm8k, gsm8k_train       1319, 7473                      math                   MIT
+    aime24                   30                              math                   not stated
+    aime25, hmmt_nov_2025    30 each                         math                   CC BY-NC-SA 4.0
+    olympiadbench            675                             math                   Apache-2.0
+    acereason_math           as published                    math                   CC BY 4.0
+    theoremqa                747 without pictures            math, yes_no, choice   MIT
+    csqa                     1221                            choice                 MIT
+    strategyqa               500                             yes_no                 MIT
+    sciknoweval_chemistry, _physics, _biology, _materials
+                             500 each, at most               choice, yes_no, text   MIT
+    humaneval                164                             code                   MIT
+    processbench             3400                            labelled solutions     Apache-2.0
+
+Checked on local copies of the public files; no download has been tried. tests/README.md, "Graders
+on public sets", has the counts.
+
+Departures: sets that are sampled use `random.Random(42)`. The paper names the seed but not the
+generator, so its 400 + 100 problems may be others.
+
+Left out: answers that are proofs, questions with pictures (TheoremQA's are dropped), and open
+answers that need a judge (SciKnowEval's are graded by containment).
+
+Try it alone:  python -m data.prepare --list
 """
 
 import argparse
@@ -24,181 +53,198 @@ import re
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 from tqdm import tqdm
 
 from data.faults import UserError
-from data.problems import Problem
-from data.tasks import load_problems
-from data.verifiers import GRADERS, last_boxed
+from data.problems import Problem, read_problems
+from data.verifiers import KINDS, last_boxed
 
-# ------------------------------------------------------------------------------------------- one record -> one problem, or None
-
-
-def problem(question, answer, kind, **more) -> dict:
-    return {"question": str(question).strip(), "answer": str(answer).strip(), "kind": kind, **more}
+# ------------------------------- converters: one record of a set -> one problem, or None to drop it
 
 
-def gsm8k(r):
-    return problem(r["question"], r["answer"].rsplit("####", 1)[1].strip().replace(",", ""), "math")
+def problem(question, answer, kind: str) -> dict:
+    """Returns one line of a data file."""
+    return {"question": str(question).strip(), "answer": str(answer).strip(), "kind": kind}
 
 
-def math_answer(r):
-    """Problem and answer under their usual names; the answer is the last box of the solution where it has no field of its own."""
-    answer = (
-        r["answer"] if r.get("answer") not in (None, "") else last_boxed(r.get("solution") or "")
-    )
-    return (
-        problem(r.get("problem") or r["question"], answer, "math")
-        if answer not in (None, "")
-        else None
-    )
+def gsm8k(record: dict) -> dict:
+    """The answer follows #### at the end of the solution."""
+    answer = record["answer"].rsplit("####", 1)[1].strip().replace(",", "")
+    return problem(record["question"], answer, "math")
 
 
-def level5(r):
-    return math_answer(r | {"answer": None}) if r["level"] == "Level 5" else None
+def math_answer(record: dict) -> dict | None:
+    """Problem and answer under their usual names, else the answer in the solution's last box."""
+    answer = record.get("answer")
+    if answer in (None, ""):
+        answer = last_boxed(record.get("solution") or "")
+    if answer in (None, ""):
+        return None
+    question = record.get("problem") or record["question"]
+    return problem(question, answer, "math")
 
 
-def olympiads(r):
-    """NuminaMath-CoT's olympiads whose answer can be verified, by the paper's rule."""
-    answer = last_boxed(r["solution"]) if r["source"] == "olympiads" else None
-    return (
-        problem(r["problem"], answer, "math") if answer is not None and verifiable(answer) else None
-    )
+def math_level5(record: dict) -> dict | None:
+    if record["level"] != "Level 5":
+        return None
+    return math_answer(record | {"answer": None})
 
 
-UNITS = r"cm|mm|km|kg|mph|hours?|minutes?|seconds?|degrees?|dollars?|meters?|\\circ"
+def olympiads(record: dict) -> dict | None:
+    """NuminaMath-CoT's olympiads with an answer that can be verified, by the paper's rule."""
+    if record["source"] != "olympiads":
+        return None
+    answer = last_boxed(record["solution"])
+    if answer is None or not verifiable(answer):
+        return None
+    return problem(record["problem"], answer, "math")
 
 
 def verifiable(answer: str) -> bool:
-    """At most 60 characters, balanced braces, no \\text, no word of three letters (LaTeX commands aside), a digit or one of A-E, no units or %.
+    r"""Returns whether an answer can be verified, by the paper's rule.
 
-    >>> [verifiable(a) for a in (r"\\\\frac{3}{4}", "B", "x + y", "12 cm", "all even n", r"\\\\frac{3}{4")]
-    [True, True, False, False, False, False]
+    It has at most 60 characters and balanced braces; a digit, or it is one of A to E; no \text, no
+    unit or %, and no word of three letters (LaTeX commands aside).
+
+    >>> [verifiable(answer) for answer in (r"\frac{3}{4}", "B", "x + y", "12 cm", "all even n")]
+    [True, True, False, False, False]
     """
-    bare = re.sub(r"\\[a-zA-Z]+", "", answer)
-    return (
-        0 < len(answer) <= 60 and answer.count("{") == answer.count("}") and "\\text" not in answer and "%" not in answer
-        and not re.search(rf"(?<![a-zA-Z])({UNITS})(?![a-zA-Z])", answer) and not re.search(r"[a-zA-Z]{3,}", bare)
-        and bool(re.search(r"\d", bare) or re.fullmatch(r"\(?[A-E]\)?", answer.strip()))
-    )  # fmt: skip
+    if not 0 < len(answer) <= 60 or answer.count("{") != answer.count("}"):
+        return False
+    units = r"cm|mm|km|kg|mph|hours?|minutes?|seconds?|degrees?|dollars?|meters?|\\circ"
+    if re.search(rf"(?<![a-zA-Z])({units})(?![a-zA-Z])", answer) or "%" in answer:
+        return False
+    without_commands = re.sub(r"\\[a-zA-Z]+", "", answer)
+    if "\\text" in answer or re.search(r"[a-zA-Z]{3,}", without_commands):
+        return False
+    is_letter = re.fullmatch(r"\(?[A-E]\)?", answer.strip())
+    return bool(is_letter or re.search(r"\d", without_commands))
 
 
-def olympiadbench(r):
-    """The text-only mathematics part; a set of several answers is one comma-separated list."""
-    answer = ", ".join(part.strip(" $.") for part in re.split(r"\$\s*,\s*\$", r["final_answer"][0]))
-    unit = f" Answer in {r['unit']}." if r.get("unit") else ""
-    return problem(f"{r.get('context') or ''} {r['question']}{unit}", answer, "math")
+def olympiadbench(record: dict) -> dict:
+    """The text-only mathematics part; several answers are one comma-separated list."""
+    parts = re.split(r"\$\s*,\s*\$", record["final_answer"][0])
+    answer = ", ".join(part.strip(" $.") for part in parts)
+    question = f"{record.get('context') or ''} {record['question']}"
+    if record.get("unit"):
+        question += f" Answer in {record['unit']}."
+    return problem(question, answer, "math")
 
 
-def theoremqa(r):
-    if r.get("Picture") not in (None, "", "NONE"):
+def theoremqa(record: dict) -> dict | None:
+    if record.get("Picture") not in (None, "", "NONE"):
         return None
-    answer, kind = r["Answer"], r["Answer_type"]
-    if isinstance(answer, str) and kind != "option":
+    question = record["Question"]
+    answer = record["Answer"]
+    if record["Answer_type"] == "option":
+        return problem(question, answer.strip("()").upper(), "choice")
+    if isinstance(answer, str):
         answer = ast.literal_eval(answer)
-    if kind == "option":
-        return problem(r["Question"], answer.strip("()").upper(), "choice")
-    if kind == "bool":
-        return problem(r["Question"], "yes" if answer else "no", "yes_no")
-    return problem(
-        r["Question"], ", ".join(map(str, answer)) if isinstance(answer, list) else answer, "math"
-    )
+    if record["Answer_type"] == "bool":
+        return problem(question, "yes" if answer else "no", "yes_no")
+    if isinstance(answer, list):
+        answer = ", ".join(str(part) for part in answer)
+    return problem(question, answer, "math")
 
 
 def with_choices(question: str, labels: list[str], texts: list[str]) -> str:
-    return (
-        question.strip()
-        + "\n"
-        + "\n".join(f"({label}) {str(text).strip()}" for label, text in zip(labels, texts))
-    )
+    """Writes the choices under the question, one `(A) text` a line."""
+    lines = [question.strip()]
+    for label, text in zip(labels, texts):
+        lines.append(f"({label}) {str(text).strip()}")
+    return "\n".join(lines)
 
 
-def csqa(r):
-    question = r["question"]
-    if isinstance(
-        question, dict
-    ):  # the layout of the original files; the hub's has the same parts side by side
-        r = r | {
-            "question": question["stem"],
-            "choices": {k: [c[k] for c in question["choices"]] for k in ("label", "text")},
-        }
-    return problem(
-        with_choices(r["question"], r["choices"]["label"], r["choices"]["text"]),
-        r["answerKey"],
-        "choice",
-    )
+def csqa(record: dict) -> dict:
+    """Reads the hub's layout, and that of the original files, which nest the choices otherwise."""
+    question = record["question"]
+    if isinstance(question, dict):
+        labels = [choice["label"] for choice in question["choices"]]
+        texts = [choice["text"] for choice in question["choices"]]
+        question = question["stem"]
+    else:
+        labels = record["choices"]["label"]
+        texts = record["choices"]["text"]
+    return problem(with_choices(question, labels, texts), record["answerKey"], "choice")
 
 
-def strategyqa(r):
-    return problem(
-        r["question"], "yes" if r["answer"] in (True, "true", "True", "yes") else "no", "yes_no"
-    )
+def strategyqa(record: dict) -> dict:
+    is_true = record["answer"] in (True, "true", "True", "yes")
+    return problem(record["question"], "yes" if is_true else "no", "yes_no")
 
 
-def sciknoweval(domain):
-    def convert(r):
-        if r["domain"] != domain or not (r["details"]["level"] == "L3"):
+def sciknoweval(domain: str) -> Callable[[dict], dict | None]:
+    """Returns the converter for one domain of SciKnowEval's level L3."""
+
+    def convert_record(record: dict) -> dict | None:
+        if record["domain"] != domain or record["details"]["level"] != "L3":
             return None
-        if r["choices"]["text"]:
-            return problem(
-                with_choices(r["question"], r["choices"]["label"], r["choices"]["text"]),
-                r["answerKey"],
-                "choice",
-            )
-        if r["type"] == "true_or_false":
-            return problem(r["question"], r["answer"].lower(), "yes_no")
-        return (
-            problem(r["question"], r["answer"], "text") if len(r["answer"]) <= 200 else None
-        )  # longer: a derivation, not an answer
+        question = record["question"]
+        choices = record["choices"]
+        if choices["text"]:
+            question = with_choices(question, choices["label"], choices["text"])
+            return problem(question, record["answerKey"], "choice")
+        if record["type"] == "true_or_false":
+            return problem(question, record["answer"].lower(), "yes_no")
+        if len(record["answer"]) > 200:
+            return None  # a derivation, not an answer
+        return problem(question, record["answer"], "text")
 
-    return convert
+    return convert_record
 
 
-def humaneval(r):
-    question = f"Complete this Python function. Give the whole function, with its imports.\n```python\n{r['prompt']}```"
-    tests = {"call": r["entry_point"], "setup": r["prompt"] + "\n    pass\n", "check": r["test"]}
+def humaneval(record: dict) -> dict:
+    """`reference` is the reference program, for the check of the verifier."""
+    prompt = record["prompt"]
+    tests = {
+        "call": record["entry_point"],
+        "setup": prompt + "\n    pass\n",
+        "check": record["test"],
+    }
     return {
-        "question": question,
+        "question": "Complete this Python function. Give the whole function, with its imports.\n"
+        f"```python\n{prompt}```",
         "kind": "code",
         "tests": tests,
-        "reference": r["prompt"] + r["canonical_solution"],
+        "reference": prompt + record["canonical_solution"],
     }
 
 
-def livecodebench(r):
-    """Public tests are shown in the problem's text; the private ones are what is graded."""
-    if r["difficulty"] != "medium":
+def livecodebench(record: dict) -> dict | None:
+    """The problem's text shows the public tests; the private ones are graded."""
+    if record["difficulty"] != "medium":
         return None
-    try:
-        cases = json.loads(r["private_test_cases"])
-    except json.JSONDecodeError:
-        cases = json.loads(
-            StringsOnly(
-                io.BytesIO(zlib.decompress(base64.b64decode(r["private_test_cases"])))
-            ).load()
-        )
-    question, name = r["question_content"], json.loads(r.get("metadata") or "{}").get("func_name")
+    cases = private_cases(record["private_test_cases"])
+    question = record["question_content"]
+    name = json.loads(record.get("metadata") or "{}").get("func_name")
     if name:
-        tests = {
-            "call": name,
-            "cases": [
-                [[json.loads(line) for line in c["input"].splitlines()], json.loads(c["output"])]
-                for c in cases
-            ],
-        }
-        question += f"\n\nStart from:\n```python\n{r['starter_code']}\n```"
+        question += f"\n\nStart from:\n```python\n{record['starter_code']}\n```"
+        calls = []
+        for case in cases:
+            args = [json.loads(line) for line in case["input"].splitlines()]
+            calls.append([args, json.loads(case["output"])])
+        tests = {"call": name, "cases": calls}
     else:
-        tests = {"stdin": [[c["input"], c["output"]] for c in cases]}
         question += "\n\nRead from standard input and write to standard output."
+        tests = {"stdin": [[case["input"], case["output"]] for case in cases]}
     return {"question": question, "kind": "code", "tests": tests}
 
 
+def private_cases(text: str) -> list[dict]:
+    """Reads LiveCodeBench's private tests: JSON, or JSON pickled, compressed and in base 64."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pickled = zlib.decompress(base64.b64decode(text))
+        return json.loads(StringsOnly(io.BytesIO(pickled)).load())
+
+
 class StringsOnly(pickle.Unpickler):
-    """The set keeps its tests as a pickled string: nothing else is unpickled."""
+    """Unpickles text and nothing else: a pickle can name any function to be called."""
 
     def find_class(self, module, name):
         raise UserError(
@@ -206,30 +252,49 @@ class StringsOnly(pickle.Unpickler):
         )
 
 
-def processbench(r):
-    """Solutions with the 0-based index of their first wrong step (-1: none), for `eval.py localization`; not to be trained on."""
+def processbench(record: dict) -> dict:
+    """A solution with the 0-based index of its first wrong step, -1 for none.
+
+    For `eval.py localization` only: kind "steps" has no verifier, so nothing trains on it.
+    """
     return {
-        "question": r["problem"],
+        "question": record["problem"],
         "answer": "",
         "kind": "steps",
-        "steps": r["steps"],
-        "label": int(r["label"]),
+        "steps": record["steps"],
+        "label": int(record["label"]),
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- the sets
+# --------------------------------------------------------------------------------------- the sets
 
 
 @dataclass
 class Set:
-    hub: str  # dataset on the hub
+    """One public set: where it comes from, and how its records become problems."""
+
+    hub: str
+    """name on the Hugging Face hub"""
+
     split: str
+
     convert: Callable[[dict], dict | None]
+    """record -> problem, or None to drop it"""
+
     licence: str
+    """as the source states it"""
+
     config: str | tuple[str, ...] | None = None
-    sample: int | None = None  # so many, shuffled with seed 42
-    parts: dict[str, int] | None = None  # shuffled with seed 42, and cut into named parts
-    halve: bool = False  # of every problem's tests, one half for training and one for evaluation
+    """configuration on the hub; of several, all"""
+
+    sample: int | None = None
+    """number of problems to keep, after shuffling with seed 42"""
+
+    parts: dict[str, int] | None = None
+    """name -> size of the parts that the set is cut into, after shuffling with seed 42"""
+
+    halve: bool = False
+    """True: half of every problem's tests is for training, the other half for evaluation"""
 
 
 SUBJECTS = (
@@ -255,7 +320,7 @@ SETS = {
     ),
     "math500": Set("HuggingFaceH4/MATH-500", "test", math_answer, "MIT"),
     "math_level5": Set(
-        "EleutherAI/hendrycks_math", "test", level5, "MIT", config=SUBJECTS, sample=500
+        "EleutherAI/hendrycks_math", "test", math_level5, "MIT", config=SUBJECTS, sample=500
     ),
     "gsm8k": Set("openai/gsm8k", "test", gsm8k, "MIT", config="main"),
     "gsm8k_train": Set("openai/gsm8k", "train", gsm8k, "MIT", config="main"),
@@ -288,74 +353,107 @@ SETS = {
 }
 
 
+# ------------------------------------------------------------------------------ reading a set
+
+
 def download(name: str) -> list[dict]:
-    """The set's raw records. `datasets` shows progress, and goes on with an interrupted download."""
+    """Downloads a set's records. `datasets` shows progress and resumes interrupted downloads."""
     try:
         import datasets
     except ImportError:
         raise UserError(
-            "downloading needs the datasets library: pip install datasets; or convert a local copy with --from FILE"
+            "downloading needs the datasets library: pip install datasets; "
+            "or convert a local copy with --from FILE"
         )
-    s = SETS[name]
-    configs = s.config if isinstance(s.config, tuple) else (s.config,)
+    chosen = SETS[name]
+    configs = chosen.config if isinstance(chosen.config, tuple) else (chosen.config,)
+    records = []
     try:
-        return [
-            record
-            for config in configs
-            for record in datasets.load_dataset(s.hub, config, split=s.split)
-        ]
+        for config in configs:
+            records += datasets.load_dataset(chosen.hub, config, split=chosen.split)
     except (OSError, ValueError) as fault:
+        lines = str(fault).splitlines() or [""]
         raise UserError(
-            f"{name}: {s.hub} could not be downloaded ({(str(fault).splitlines() or [''])[0]}); try again, or use --from FILE with a local copy"
+            f"{name}: {chosen.hub} could not be downloaded ({lines[0]}); "
+            "try again, or use --from FILE with a local copy"
         )
-
-
-def read_local(path: Path) -> list[dict]:
-    """Records of a .json list or a .jsonl file, either of them .gz too."""
-    try:
-        text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
-        records = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
-        raise UserError(f"{path}: cannot be read as JSON or JSON lines ({fault})")
     return records
 
 
+def read_local(path: Path) -> list[dict]:
+    """Reads the records of a .json list or a .jsonl file, also .gz."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_text(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+        raise UserError(f"{path}: cannot be read as JSON or JSON lines ({fault})")
+
+
+# ------------------------------------------------------------------ from records to files
+
+
 def convert(name: str, records: list[dict]) -> dict[str, list[dict]]:
-    """{"" or part: problems} of one set. Raises UserError where records do not have the set's layout."""
-    s, found = SETS[name], []
-    for number, record in enumerate(
-        tqdm(records, desc=name, unit="record", leave=False, dynamic_ncols=True), 1
-    ):
-        try:
-            found.append(s.convert(record))
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as fault:
-            raise UserError(
-                f"{name}, record {number}: not in the layout of {s.hub} ({type(fault).__name__}: {fault})"
-            )
-    problems = [p for p in found if p]
+    """Returns {part: problems} of a set; a set without parts has one, named "".
+
+    Raises UserError where records do not have the set's layout.
+    """
+    chosen = SETS[name]
+    problems = convert_records(name, records)
     if not problems:
         raise UserError(
-            f"{name}: none of {len(records)} records is a problem of this set; is it the right file?"
+            f"{name}: none of {len(records)} records is a problem of this set; "
+            "is it the right file?"
         )
-    if s.sample or s.parts:
+    if chosen.sample or chosen.parts:
         random.Random(42).shuffle(problems)
-    if s.parts:
-        ends = [sum(list(s.parts.values())[: i + 1]) for i in range(len(s.parts))]
-        return {part: problems[end - n : end] for (part, n), end in zip(s.parts.items(), ends)}
-    if s.halve:
-        return {
-            part: [p | {"tests": half(p["tests"], i)} for p in problems]
-            for i, part in enumerate(("train", "test"))
-        }
-    return {"": problems[: s.sample]}
+    if chosen.parts:
+        return cut(problems, chosen.parts)
+    if chosen.halve:
+        return {"train": with_half(problems, 0), "test": with_half(problems, 1)}
+    return {"": problems[: chosen.sample]}
+
+
+def convert_records(name: str, records: list[dict]) -> list[dict]:
+    """Converts all records of a set; those that are no problem of it are dropped."""
+    chosen = SETS[name]
+    problems = []
+    progress = tqdm(records, desc=name, unit="record", leave=False, dynamic_ncols=True)
+    for number, record in enumerate(progress, 1):
+        try:
+            converted = chosen.convert(record)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as fault:
+            raise UserError(
+                f"{name}, record {number}: "
+                f"not in the layout of {chosen.hub} ({type(fault).__name__}: {fault})"
+            )
+        if converted:
+            problems.append(converted)
+    return problems
+
+
+def cut(problems: list[dict], sizes: dict[str, int]) -> dict[str, list[dict]]:
+    """Cuts a list into named parts of given sizes, from its start; the rest is dropped."""
+    parts = {}
+    start = 0
+    for part, size in sizes.items():
+        parts[part] = problems[start : start + size]
+        start += size
+    return parts
+
+
+def with_half(problems: list[dict], which: int) -> list[dict]:
+    return [p | {"tests": half(p["tests"], which)} for p in problems]
 
 
 def half(tests: dict, which: int) -> dict:
-    """Every other test of a problem, after shuffling with seed 42; a problem with a single test has it in both halves."""
+    """Keeps every other test of a problem, after shuffling with seed 42.
+
+    A problem with a single test has it in both halves.
+    """
     key = "stdin" if "stdin" in tests else "cases"
     cases = list(tests[key])
     random.Random(42).shuffle(cases)
@@ -363,31 +461,56 @@ def half(tests: dict, which: int) -> dict:
 
 
 def write(path: Path, problems: list[dict]) -> None:
+    """Writes JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(
-        "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in problems), encoding="utf-8"
-    )
-    os.replace(part, path)
+    lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in problems]
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+# -------------------------------------------------------------------- checking the verifiers
+
+
+def reference_response(p: dict) -> str | None:
+    """Writes a problem's reference as a model would; None where it has none to grade."""
+    if "reference" in p:
+        return f"```python\n{p['reference']}\n```"
+    if p["kind"] in KINDS and "answer" in p:
+        return f"so it is \\boxed{{{p['answer']}}}"
+    return None
 
 
 def check(problems: list[dict]) -> tuple[int, list[dict]]:
-    """(how many have a reference answer, those whose own verifier rejects it): boxed as a model would write it, or the reference program."""
-    checkable, rejected = [p for p in problems if p["kind"] in GRADERS or "reference" in p], []
+    """Grades every reference by its own verifier: (number graded, problems that fail)."""
+    checkable = [p for p in problems if reference_response(p) is not None]
+    rejected = []
     for p in tqdm(checkable, desc="grading references", leave=False, dynamic_ncols=True):
-        response = (
-            f"```python\n{p['reference']}\n```"
-            if p["kind"] == "code"
-            else f"so it is \\boxed{{{p['answer']}}}"
-        )
-        if (
-            Problem(0, p["question"], p.get("answer", ""), p["kind"], tests=p.get("tests")).grade(
-                response
-            )
-            != 1
-        ):
+        answer = p.get("answer", "")
+        graded = Problem(0, p["question"], answer, p["kind"], tests=p.get("tests"))
+        if graded.grade(reference_response(p)) != 1:
             rejected.append(p)
     return len(checkable), rejected
+
+
+def report(path: Path, problems: list[dict], n_records: int) -> None:
+    """Grades the references of a file and prints its line, with the first that are rejected."""
+    start = time.perf_counter()
+    graded, rejected = check(problems)
+    line = f"{path}: {len(problems)} problems of {n_records} records"
+    if graded:
+        passed = graded - len(rejected)
+        speed = graded / (time.perf_counter() - start)
+        line += (
+            f"; {passed} of {graded} reference answers pass their own verifier "
+            f"({1 - len(rejected) / graded:.2%}), {speed:.1f} a second"
+        )
+    print(line)
+    for p in rejected[:3]:
+        print(f"  rejected: {p['kind']} {p.get('answer', '')[:100]!r}")
+
+
+# -------------------------------------------------------------------------------- the command
 
 
 def main(argv: list[str]) -> None:
@@ -403,34 +526,29 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--list", action="store_true", help="print the sets and end")
     args = parser.parse_args(argv)
     if args.list:
-        for name, s in SETS.items():
-            print(f"{name:22} {s.hub} ({s.split}), licence {s.licence}")
+        for name, chosen in SETS.items():
+            print(f"{name:22} {chosen.hub} ({chosen.split}), licence {chosen.licence}")
         return
     unknown = [name for name in args.names if name not in SETS]
     if unknown or not args.names:
-        raise UserError(
-            f"{unknown[0] if unknown else 'no set'}: not a set that is known here; choose from {', '.join(SETS)}"
-        )
+        wrong = unknown[0] if unknown else "no set"
+        raise UserError(f"{wrong}: not a set that is known here; choose from {', '.join(SETS)}")
     if args.source and len(args.names) > 1:
         raise UserError("--from converts one set; name one")
     for name in args.names:
-        records = read_local(args.source) if args.source else download(name)
-        for part, problems in convert(name, records).items():
-            path = args.out / f"{name}{'_' + part if part else ''}.jsonl"
-            write(path, problems)
-            if name != "processbench":
-                load_problems(str(path), seed=0)
-            start = time.perf_counter()
-            graded, rejected = check(problems)
-            speed = f", {graded / (time.perf_counter() - start):.1f} a second" if graded else ""
-            verdict = (
-                f"; {graded - len(rejected)} of {graded} reference answers pass their own verifier ({1 - len(rejected) / graded:.2%}){speed}"
-                if graded
-                else ""
-            )
-            print(f"{path}: {len(problems)} problems of {len(records)} records{verdict}")
-            for p in rejected[:3]:
-                print(f"  rejected: {p['kind']} {p.get('answer', '')[:100]!r}")
+        prepare(name, args.source, args.out)
+
+
+def prepare(name: str, source: Path | None, out: Path) -> None:
+    """Writes the files of one set, from a local copy if there is one, and checks them."""
+    records = read_local(source) if source else download(name)
+    for part, problems in convert(name, records).items():
+        suffix = f"_{part}" if part else ""
+        path = out / f"{name}{suffix}.jsonl"
+        write(path, problems)
+        if name != "processbench":  # labelled solutions are no problems
+            read_problems(path)
+        report(path, problems, len(records))
 
 
 if __name__ == "__main__":

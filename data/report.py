@@ -1,11 +1,15 @@
-"""The page of `python eval.py report RUN_DIR [RUN_DIR...]`: curves, step lines and reset trees of runs, in one HTML file.
+"""The page of `python eval.py report RUN_DIR [RUN_DIR...]`: curves, step metrics and reset trees.
 
-This file reads the runs and chooses what fits; data/report.html draws it. The page needs no network and is safe to open: what a model wrote
-is data in it, never markup, and its content policy lets nothing run but the template's own script.
+This file reads the runs and chooses what fits into the page; data/report.html draws it. The page
+needs no network and is safe to open: what a model wrote is data in it, never markup, and its
+content policy lets nothing run but the template's own script.
 
-Left out: trees of oracle continuations (only their number is shown), and editing or comparing trees of two runs side by side.
+Left out: trees of oracle continuations (only their number is shown), and comparing the trees of
+two runs side by side.
 
-Try it alone:  python srpo.py --steps 3 --rollouts_every 1 --out_dir runs/three && python eval.py report runs/three
+Try it alone:
+    python srpo.py --steps 3 --rollouts_every 1 --out_dir runs/three
+    python eval.py report runs/three
 """
 
 import base64
@@ -13,205 +17,342 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from data.curves import evaluations
 from data.faults import UserError
-from data.runs import name_of, read_run
+from data.runs import Run, name_of, read_run
 from loss import token_weights
 
 POINTS = 400  # step lines of a run that its charts show, at most
+PROBLEMS_KEPT = 8  # whole steps are dropped before a step shows fewer problems than this
+NOTE_BYTES = 2000  # room for the notes on what was left out
+STEP_BYTES = 60  # JSON of a step around its trees
+# Parts of a step line that count something: a name that is absent there is a zero
+COUNTED = ("tokens", "seconds", "counters", "localized", "finish")
 
 
-def command_report(args) -> None:
-    """Writes the page of args.runs to args.out, in at most args.megabytes; what does not fit is left out, and named in it."""
-    read = [(run, *read_run(run)) for run in args.runs]
-    data = {"notes": [], "runs": [run_for_page(*one) for one in read]}
-    room = args.megabytes * 1e6 - len(page(data)) - 2000  # the notes
-    for i, ((run, config, lines), out) in enumerate(zip(read, data["runs"])):
-        out["steps"], left_out = reset_trees(run, config, lines, room / (len(read) - i))
-        room -= len(embedded(out["steps"]))
-        if left_out:
-            out["steps_missing"] = f"{run.resolve().name}: {left_out}"
-            data["notes"].append(out["steps_missing"])
+def write_report(folders: list[Path], out: Path, megabytes: float) -> None:
+    """Writes the page of the runs in `folders` to `out`, in at most `megabytes`.
+
+    What does not fit is left out, and named in the page and on the terminal. Raises UserError for
+    a folder that is no run, a damaged rollouts.jsonl, and an `out` that cannot be written."""
+    runs = [read_run(Path(folder)) for folder in folders]
+    data = {"notes": [], "runs": [run_for_page(run) for run in runs]}
+    room = megabytes * 1e6 - len(page(data)) - NOTE_BYTES
+    n_trees = 0
+    for i, (run, shown) in enumerate(zip(runs, data["runs"])):
+        trees = reset_trees(run, room / (len(runs) - i))
+        shown["steps"] = trees.steps
+        room -= len(embedded(trees.steps))
+        n_trees += sum(len(step["trees"]) for step in trees.steps)
+        if trees.left_out:
+            shown["steps_missing"] = f"{shown['folder']}: {trees.left_out}"
+            data["notes"].append(shown["steps_missing"])
     text = page(data)
     try:
-        args.out.write_text(text, encoding="ascii")
+        out.write_text(text, encoding="ascii")
     except OSError as fault:
-        raise UserError(f"cannot write {args.out} ({fault.strerror}); choose another --out")
-    trees = sum(len(step["trees"]) for run in data["runs"] for step in run["steps"])
-    print(*data["notes"], sep="\n", end="\n" * bool(data["notes"]))
-    print(
-        f"{args.out}: {len(read)} run{'s' * (len(read) > 1)}, {trees} reset trees, {len(text) / 1e6:.2f} MB"
-    )
+        raise UserError(f"cannot write {out} ({fault.strerror}); choose another --out")
+    for note in data["notes"]:
+        print(note)
+    plural = "s" if len(runs) > 1 else ""
+    print(f"{out}: {len(runs)} run{plural}, {n_trees} reset trees, {len(text) / 1e6:.2f} MB")
+
+
+# ---------------------------------------------------------------------------------------- page
 
 
 def page(data: dict) -> str:
-    """data/report.html with the data in it. Its content policy names the template's own script and style by their hashes: nothing else runs or loads."""
+    """The template with the data in it.
+
+    The content policy names the template's own style and script by their hashes: nothing else runs
+    or loads."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    parts = {
-        tag: re.search(f"<{tag}>(.*?)</{tag}>", template, re.S)[1].encode()
-        for tag in ("style", "script")
-    }
-    allowed = " ".join(
-        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}';"
-        for tag, part in parts.items()
+    policy = (
+        f"default-src 'none'; style-src {hash_of('style', template)}; "
+        f"script-src {hash_of('script', template)}; base-uri 'none'; form-action 'none'"
     )
-    before, after = template.replace(
-        "CONTENT_POLICY", f"default-src 'none'; {allowed} base-uri 'none'; form-action 'none'"
-    ).split("REPORT_DATA")
+    # Split before the data goes in: a model may have written REPORT_DATA or CONTENT_POLICY
+    before, after = template.replace("CONTENT_POLICY", policy).split("REPORT_DATA")
     return before + embedded(data) + after
 
 
+def hash_of(tag: str, template: str) -> str:
+    """The content-policy source of the template's one plain <tag> element."""
+    content = re.search(f"<{tag}>(.*?)</{tag}>", template, re.S)[1]
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
 def embedded(data) -> str:
-    """JSON that can stand in an HTML script element: ASCII, and no character that could end the element."""
+    """JSON that can stand in an HTML script element: ASCII, and nothing that could end it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def rounded(x):
-    """A number in 6 digits, None for what JSON cannot hold."""
-    return None if x is None or not math.isfinite(x) else float(f"{x:.6g}")
+def rounded(x: float | None) -> float | None:
+    """A number in 6 digits; None for what JSON cannot hold."""
+    if x is None or not math.isfinite(x):
+        return None
+    return float(f"{x:.6g}")
 
 
-def run_for_page(run: Path, config: dict, lines: list[dict]) -> dict:
-    """What the charts need: evaluations, and every number of the step lines as a column {"pass_base": [...], "tokens.base": [...]}."""
-    steps = [line for line in lines if line["step"] > 0]
-    steps = steps[:: -(-len(steps) // POINTS) or 1]
-    flat = [
-        {f"{key}.{name}" if name else key: x for key, value in line.items() for name, x in (value.items() if isinstance(value, dict) else [("", value)])
-         if x is None or isinstance(x, (int, float))}
-        for line in steps
-    ]  # fmt: skip
-    missing = {
-        key: 0
-        if key.split(".")[0] in ("tokens", "seconds", "counters", "localized", "finish")
-        else None
-        for line in flat
-        for key in line
-    }
+# -------------------------------------------------------------------------------------- curves
+
+
+def run_for_page(run: Run) -> dict:
+    """What the charts of one run need; its trees are added later, as far as there is room."""
+    config = run.config
+    steps = [line for line in run.lines if line["step"] > 0]
+    stride = max(1, math.ceil(len(steps) / POINTS))
+    evals = []
+    for line in evaluations(run.lines):
+        evals.append([line["step"], line["total_tokens"], rounded(line["eval_pass_rate"])])
     return {
-        "name": name_of(config), "seed": config["seed"], "folder": run.resolve().name, "clip": config["clip"], "length": config.get("length", "trained"),
-        "about": f"{config['model'].rstrip('/').split('/')[-1]} on {config['train_data'].split('/')[-1]}; {config['prompts_per_step']} prompts a step, {config['base']} base "
-                 f"rollouts and {config['prefixes']} x {config['suffixes']} suffixes each; learning rate {config['lr']}",
-        "evals": [[x["step"], x["total_tokens"], rounded(x["eval_pass_rate"])] for x in lines if "eval_pass_rate" in x],
-        "columns": {key: [rounded(line.get(key, other)) for line in flat] for key, other in missing.items()},
-        "steps": [], "steps_missing": "",
-    }  # fmt: skip
+        "name": name_of(run),
+        "seed": config["seed"],
+        "folder": run.folder.resolve().name,
+        "clip": config["clip"],
+        "length": config.get("length", "trained"),
+        "about": about(config),
+        "evals": evals,
+        "columns": columns_of(steps[::stride]),
+        "steps": [],
+        "steps_missing": "",
+    }
 
 
-def reset_trees(run: Path, config: dict, lines: list[dict], room: float) -> tuple[list[dict], str]:
-    """([{"step", "n", "trees"}], what was left out in words), in at most `room` bytes. Where not all fit: evenly spaced steps, the
-    first problems of each. Reads one step at a time: rollouts.jsonl may be larger than the memory."""
-    path = run / "rollouts.jsonl"
+def about(config: dict) -> str:
+    """The run in one line: model, data, and the shape of a step."""
+    model = config["model"].rstrip("/").split("/")[-1]
+    data = config["train_data"].split("/")[-1]
+    return (
+        f"{model} on {data}; {config['prompts_per_step']} prompts a step, "
+        f"{config['base']} base rollouts and {config['prefixes']} x {config['suffixes']} suffixes "
+        f"each; learning rate {config['lr']}"
+    )
+
+
+def columns_of(lines: list[dict]) -> dict[str, list]:
+    """Every number of the step lines as a column: {"pass_base": [...], "tokens.base": [...]}."""
+    rows = [numbers_of(line) for line in lines]
+    columns = {}
+    for row in rows:
+        for key in row:
+            if key not in columns:
+                absent = 0 if key.split(".")[0] in COUNTED else None
+                columns[key] = [rounded(other.get(key, absent)) for other in rows]
+    return columns
+
+
+def numbers_of(line: dict) -> dict[str, float | None]:
+    """The numbers of one step line, those of a dict in it as `key.name`."""
+    flat = {}
+    for key, value in line.items():
+        if isinstance(value, dict):
+            for name, part in value.items():
+                flat[f"{key}.{name}"] = part
+        else:
+            flat[key] = value
+    return {key: x for key, x in flat.items() if x is None or isinstance(x, (int, float))}
+
+
+# --------------------------------------------------------------------------------------- trees
+
+
+@dataclass
+class Trees:
+    """The reset trees of a run that fit into the page."""
+
+    steps: list[dict]  # as trees_of_step gives them
+    left_out: str  # what is missing, in words; empty where nothing is
+
+
+@dataclass
+class Place:
+    """Where the rollouts of one step stand in rollouts.jsonl, in bytes."""
+
+    start: int
+    size: int
+
+
+def reset_trees(run: Run, room: float) -> Trees:
+    """Trees of a run in at most `room` bytes of JSON.
+
+    Where not all fit: evenly spaced steps, and the first problems of each. Reads one step at a
+    time, since rollouts.jsonl may be larger than the memory."""
+    path = run.folder / "rollouts.jsonl"
     places = step_places(path) if path.exists() else {}
-    logged = {line["step"] for line in lines}
-    steps = sorted(
-        step for step in places if step in logged
-    )  # one without its step line was cut off by a kill
+    # A step that has rollouts but no step line was cut off by a kill
+    logged = {line["step"] for line in run.lines}
+    steps = sorted(step for step in places if step in logged)
     if not steps:
-        return (
-            [],
-            "no rollouts were saved (--rollouts_every 0, or stopped too early), so there are no reset trees",
-        )
-    per_step = config["prompts_per_step"]
-    part = room / sum(
-        places[step][1] for step in steps
-    )  # that fits, about; steps are thinned out only as far as each keeps 8 problems
-    stride = math.ceil(1 / min(1, max(part * max(1, per_step / 8), 1 / len(steps))))
-    chosen = steps[::-1][::stride][::-1]  # with the last
-    kept, whole = [], stride == 1
+        reason = "no rollouts were saved (--rollouts_every 0, or stopped too early)"
+        return Trees([], f"{reason}, so there are no reset trees")
+    per_step = run.config["prompts_per_step"]
+    chosen = spaced_steps({step: places[step] for step in steps}, room, per_step)
+    kept = []
+    complete = len(chosen) == len(steps)
     for i, step in enumerate(chosen):
-        one = trees_of_step(path, places[step], config)
-        share, trees, one["trees"] = (room - 60) / (len(chosen) - i), one["trees"], []
-        for tree in trees:
-            size = len(embedded(tree)) + 1
-            if size <= share:
-                one["trees"].append(tree)
-                share, room = share - size, room - size
-        whole = whole and len(one["trees"]) == len(trees)
+        one = trees_of_step(path, places[step], run.config)
+        wanted = one["trees"]
+        one["trees"] = fitting(wanted, (room - STEP_BYTES) / (len(chosen) - i))
+        room -= sum(size_of(tree) for tree in one["trees"])
+        complete = complete and len(one["trees"]) == len(wanted)
         if one["trees"]:
             kept.append(one)
-            room -= 60  # the rest of its JSON
-    if whole:
-        return kept, ""
+            room -= STEP_BYTES
+    if complete:
+        return Trees(kept, "")
     most = max((len(one["trees"]) for one in kept), default=0)
-    return kept, (f"not all reset trees fit into the file: it has {len(kept)} of {len(steps)} steps, with up to {most} of {per_step} problems; "
-                  "--megabytes makes room for more")  # fmt: skip
+    left_out = (
+        f"not all reset trees fit into the file: it has {len(kept)} of {len(steps)} steps, "
+        f"with up to {most} of {per_step} problems; --megabytes makes room for more"
+    )
+    return Trees(kept, left_out)
 
 
-def step_places(path: Path) -> dict[int, list[int]]:
-    """{step: [first byte, number of bytes]} of rollouts.jsonl, without a last line that a kill cut in two."""
-    places, at = {}, 0
+def spaced_steps(places: dict[int, Place], room: float, per_step: int) -> list[int]:
+    """Evenly spaced steps, the last among them, whose first problems fit into `room` bytes.
+
+    Steps are dropped only as far as each that is left can show PROBLEMS_KEPT of its problems."""
+    steps = list(places)
+    fits = room / sum(place.size for place in places.values())  # share of all problems
+    wanted = fits * max(1, per_step / PROBLEMS_KEPT)  # share of the steps
+    wanted = min(1, max(wanted, 1 / len(steps)))
+    newest_first = steps[::-1]
+    return sorted(newest_first[:: math.ceil(1 / wanted)])
+
+
+def fitting(trees: list[dict], room: float) -> list[dict]:
+    """The trees that fit into `room` bytes of JSON, taken in their order."""
+    kept = []
+    for tree in trees:
+        if size_of(tree) <= room:
+            kept.append(tree)
+            room -= size_of(tree)
+    return kept
+
+
+def size_of(tree: dict) -> int:
+    """Bytes of a tree in the page, with its comma."""
+    return len(embedded(tree)) + 1
+
+
+def step_places(path: Path) -> dict[int, Place]:
+    """Where each step stands in rollouts.jsonl, without a last line that a kill cut in two."""
+    places = {}
+    start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
                 try:
-                    place = places.setdefault(json.loads(line)["step"], [at, 0])
+                    step = json.loads(line)["step"]
                 except json.JSONDecodeError as fault:
                     raise UserError(f"{path}: line {number} is damaged ({fault}); remove it")
-                place[1] += len(line)
-            at += len(line)
+                place = places.setdefault(step, Place(start, 0))
+                place.size += len(line)
+            start += len(line)
     return places
 
 
-def trees_of_step(path: Path, place: list[int], config: dict) -> dict:
-    """{"step", "n": trained rollouts, "trees": one for each problem of the step, in the order of their slots}."""
+def trees_of_step(path: Path, place: Place, config: dict) -> dict:
+    """One step for the page: {"step", "n": trained rollouts, "trees": one per slot, in order}."""
     with path.open("rb") as file:
-        file.seek(place[0])
-        records = [
-            json.loads(line, parse_constant=lambda _: None)
-            for line in file.read(place[1]).splitlines()
-        ]
-    n = sum(r["group"] is not None for r in records)
-    slot_of = {
-        i: r["group"][0] for r in records if r["group"] for i in (r["id"], r["seed"])
-    }  # a seed is where its suffixes are
-    slot_of |= {r["localization"]: slot_of[r["id"]] for r in records if r["id"] in slot_of}
-    home = {
-        r["problem"]: r["group"][0] for r in reversed(records) if r["group"]
-    }  # of what no trained rollout names: the first slot with its problem
+        file.seek(place.start)
+        lines = file.read(place.size).splitlines()
+    records = [json.loads(line, parse_constant=lambda name: None) for line in lines]
+    n = sum(record["group"] is not None for record in records)
+    slots = slots_of(records)
     trees = {}
-    for r in records:
-        slot = slot_of.get(r["id"], home.get(r["problem"], len(records) + r["problem"]))
-        tree = trees.setdefault(
-            slot,
-            {
+    for record in records:
+        slot = slots[record["id"]]
+        if slot not in trees:
+            trees[slot] = {
                 "slot": slot,
-                "problem": r["problem"],
-                "question": r["question"],
-                "answer": str(r["answer"]),
-                "oracle": 0,
+                "problem": record["problem"],
+                "question": record["question"],
+                "answer": str(record["answer"]),
+                "oracle": 0,  # number of its oracle continuations, which are not shown
                 "rollouts": [],
-            },
-        )
-        if r["purpose"] == "oracle":
-            tree["oracle"] += 1
+            }
+        if record["purpose"] == "oracle":
+            trees[slot]["oracle"] += 1
         else:
-            tree["rollouts"].append(rollout_for_page(r, n, config))
-    return {"step": records[0]["step"], "n": n, "trees": [trees[slot] for slot in sorted(trees)]}
+            trees[slot]["rollouts"].append(rollout_for_page(record, n, config))
+    in_order = [trees[slot] for slot in sorted(trees)]
+    return {"step": records[0]["step"], "n": n, "trees": in_order}
 
 
-def rollout_for_page(r: dict, n: int, config: dict) -> dict:
-    """A record of rollouts.jsonl, with the weights of loss.py: of each thought (the sum over its tokens) and of one trained token. A
-    suffix leaves out the texts of the shared prefix, which its seed has."""
-    ends, mask_prefix = r["thought_ends"], config["mask_prefix"]
-    starts = [0, *ends[:-1]]
-    weights = [0.0] * (ends[-1] if ends else 0)
-    if r["group"] and r["advantage"]:
-        weights = token_weights(
-            SimpleNamespace(
-                prefix_len=r["prefix_len"], token_ids=range(ends[-1]), advantage=r["advantage"]
-            ),
-            n,
-            mask_prefix,
-            config.get("length", "trained"),
-        )
-    first = r["reset"] if r["seed"] is not None and r["reset"] else 1
+def slots_of(records: list[dict]) -> dict[int, int]:
+    """The slot in the step of every record, by record id.
+
+    Trained rollouts know theirs. A seed belongs where its suffixes are, and a localization answer
+    where its seed is. Anything else goes to the first slot with its problem; a problem without
+    trained rollouts comes after all slots."""
+    slots, first_slot = {}, {}
+    for record in records:
+        if record["group"]:
+            slot = record["group"][0]
+            slots[record["id"]] = slot
+            if record["seed"] is not None:
+                slots[record["seed"]] = slot
+            first_slot.setdefault(record["problem"], slot)
+    for record in records:
+        if record["localization"] is not None and record["id"] in slots:
+            slots[record["localization"]] = slots[record["id"]]
+    for record in records:
+        after_all = len(records) + record["problem"]
+        slots.setdefault(record["id"], first_slot.get(record["problem"], after_all))
+    return slots
+
+
+def rollout_for_page(record: dict, n_rollouts: int, config: dict) -> dict:
+    """A record of rollouts.jsonl for the page, with the weights that loss.py gives its tokens.
+
+    A suffix leaves out the texts of the shared prefix: its seed has them."""
+    ends = record["thought_ends"]
+    spans = list(zip([0, *ends], ends))  # of each thought, in tokens
+    weights = weights_of(record, n_rollouts, config)
+    masked = 0  # thoughts of the prefix that are not trained on
+    if config["mask_prefix"]:
+        masked = sum(end <= record["prefix_len"] for end in ends)
+    first = 1  # the first thought that is shown
+    if record["seed"] is not None and record["reset"]:
+        first = record["reset"]
     return {
-        "id": r["id"], "purpose": r["purpose"], "k": r["group"][1] if r["group"] else None, "reward": rounded(r["reward"]), "advantage": rounded(r["advantage"]),
-        "finish": r["finish"], "seed": r["seed"], "reset": r["reset"], "localized": r["localized"], "localization": r["localization"],
-        "first_wrong": r.get("first_wrong"), "from": first, "thoughts": r["thoughts"][first - 1 :], "tokens": [b - a for a, b in zip(starts, ends)],
-        "masked": sum(end <= r["prefix_len"] for end in ends) if mask_prefix else 0,
-        "weights": [rounded(sum(weights[a:b])) for a, b in zip(starts, ends)], "token_weight": rounded(weights[-1] if weights else 0.0),
-    }  # fmt: skip
+        "id": record["id"],
+        "purpose": record["purpose"],
+        "k": record["group"][1] if record["group"] else None,
+        "reward": rounded(record["reward"]),
+        "advantage": rounded(record["advantage"]),
+        "finish": record["finish"],
+        "seed": record["seed"],
+        "reset": record["reset"],
+        "localized": record["localized"],
+        "localization": record["localization"],
+        "first_wrong": record.get("first_wrong"),
+        "from": first,
+        "thoughts": record["thoughts"][first - 1 :],
+        "tokens": [end - start for start, end in spans],
+        "masked": masked,
+        "weights": [rounded(sum(weights[start:end])) for start, end in spans],
+        "token_weight": rounded(weights[-1] if weights else 0.0),
+    }
+
+
+def weights_of(record: dict, n_rollouts: int, config: dict) -> list[float]:
+    """Weight of each response token in the loss; zeros for a rollout that is not trained on."""
+    n_tokens = record["thought_ends"][-1] if record["thought_ends"] else 0
+    if not record["group"] or not record["advantage"]:
+        return [0.0] * n_tokens
+    rollout = SimpleNamespace(  # what token_weights reads of a Rollout
+        prefix_len=record["prefix_len"],
+        token_ids=range(n_tokens),
+        advantage=record["advantage"],
+    )
+    length = config.get("length", "trained")
+    return token_weights(rollout, n_rollouts, config["mask_prefix"], length)

@@ -1,25 +1,31 @@
-"""Runs model-written Python programs against tests, where they can do no harm and cannot see what is expected of them.
+"""Runs model-written Python programs against tests, where they can neither do harm nor cheat.
 
-Each run is a process of its own: own session, empty environment, an empty working directory that is removed, and before the program starts
-  - limits on CPU time, memory, open files, and the size of files and of output; the parent kills the process group at the wall-clock limit;
-  - Landlock: reads only Python and the system's libraries, writes only its working directory (so no data set, no other test);
-  - seccomp: no new processes (threads are fine), no signals to others, no sockets, no ptrace, no mounts, no execve;
-  - a network namespace without any device, where the kernel lets an unprivileged process have one (`isolation` says).
-A machine without Landlock or seccomp (Linux 5.13, x86-64 or aarch64) does not run programs at all: `isolation` raises.
+Each run is a process of its own, in its own session, with an empty environment and an empty
+working directory that is removed afterwards. Before the program starts, the process gives up
+  - CPU time, memory, open files, and size of files and output beyond limits; the parent also kills
+    its process group at a wall-clock limit;
+  - files (Landlock): it reads only Python and the system's libraries and writes only its working
+    directory, so it sees no data set and no other test;
+  - system calls (seccomp): no new processes (threads are fine), no signals to others, no sockets,
+    no ptrace, no mounts, no execve;
+  - network devices (a network namespace), where the kernel allows it; `isolation` says whether.
+A machine without Landlock or seccomp (Linux 5.13 on x86-64 or aarch64) runs no programs at all.
 
-The expected results never enter the program's process: outputs and returned values come back as text and Python literals (`ast.literal_eval`)
-and are compared outside. Tests that are code themselves (asserts) run in a second sandbox, whose `candidate` asks the first one.
+The expected results never enter the program's process. Outputs and returned values come back as
+text and Python literals (`ast.literal_eval`) and are compared outside. Tests that are code
+themselves (asserts) run in a second sandbox, whose `candidate` asks the first one.
 
 Left out: other languages, and tests that need an interactive judge.
 
-Try it alone:  python -m data.sandbox        # what isolates here; a right, a wrong and a hostile program
+Try it alone:  python -m data.sandbox        # what isolates here; right, wrong and hostile programs
 """
 
 import ast
 import ctypes
+import errno
 import json
 import os
-import resource
+import platform
 import shutil
 import signal
 import struct
@@ -29,219 +35,314 @@ import tempfile
 import time
 from pathlib import Path
 
+# This file runs as the sandboxed process too, with `python -I`: it can import the standard
+# library only.
+
 SECONDS = 6.0  # wall clock per test, and CPU time
-PROGRAM_SECONDS = 60.0  # wall clock of all tests of a program together; the tests that do not come to their turn are failed
+PROGRAM_SECONDS = 60.0  # wall clock of all tests of a program; tests that do not get a turn fail
 MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes of a file, and of output
 
 
-# ------------------------------------------------------------------------------------------- inside: giving up what is not needed
+# ------------------------------------------------------- inside: numbers of the kernel's interface
 
-# arch token of seccomp, and the numbers of system calls
-ARCHES = {
-    "x86_64": (0xC000003E, dict(
-        clone=56, clone3=435, denied=[57, 58, 59, 322, 62, 200, 234, 424, 434, 129, 297, 101, 310, 311, 41, 53, 42, 49, 272, 308, 165, 425, 321, 298, 302, 141, 250],
-        landlock=444, prctl=157)),
-    "aarch64": (0xC00000B7, dict(
-        clone=220, clone3=435, denied=[221, 281, 129, 130, 131, 424, 434, 138, 240, 117, 270, 271, 198, 199, 203, 200, 97, 268, 40, 425, 280, 241, 261, 140, 219],
-        landlock=444, prctl=167)),
-}  # fmt: skip
-NEW_USER, NEW_NET, THREAD = 0x10000000, 0x40000000, 0x10000
-READ, WRITE_FILE, EVERYTHING = (
-    0b1100,
-    0b10,
-    (1 << 13) - 1,
-)  # Landlock, first version: read file and directory; write a file; all 13 rights
+ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # machine -> AUDIT_ARCH_*
+
+# System calls that fail with EPERM: name -> number on each machine.
+DENIED = {
+    # new processes and programs
+    "fork": {"x86_64": 57},
+    "vfork": {"x86_64": 58},
+    "execve": {"x86_64": 59, "aarch64": 221},
+    "execveat": {"x86_64": 322, "aarch64": 281},
+    # signals
+    "kill": {"x86_64": 62, "aarch64": 129},
+    "tkill": {"x86_64": 200, "aarch64": 130},
+    "tgkill": {"x86_64": 234, "aarch64": 131},
+    "pidfd_send_signal": {"x86_64": 424, "aarch64": 424},
+    "pidfd_open": {"x86_64": 434, "aarch64": 434},
+    "rt_sigqueueinfo": {"x86_64": 129, "aarch64": 138},
+    "rt_tgsigqueueinfo": {"x86_64": 297, "aarch64": 240},
+    # the memory of other processes
+    "ptrace": {"x86_64": 101, "aarch64": 117},
+    "process_vm_readv": {"x86_64": 310, "aarch64": 270},
+    "process_vm_writev": {"x86_64": 311, "aarch64": 271},
+    # network
+    "socket": {"x86_64": 41, "aarch64": 198},
+    "socketpair": {"x86_64": 53, "aarch64": 199},
+    "connect": {"x86_64": 42, "aarch64": 203},
+    "bind": {"x86_64": 49, "aarch64": 200},
+    # namespaces and mounts
+    "unshare": {"x86_64": 272, "aarch64": 97},
+    "setns": {"x86_64": 308, "aarch64": 268},
+    "mount": {"x86_64": 165, "aarch64": 40},
+    # large parts of the kernel that no program here needs
+    "io_uring_setup": {"x86_64": 425, "aarch64": 425},
+    "bpf": {"x86_64": 321, "aarch64": 280},
+    "perf_event_open": {"x86_64": 298, "aarch64": 241},
+    # limits and priorities of other processes, keys
+    "prlimit64": {"x86_64": 302, "aarch64": 261},
+    "setpriority": {"x86_64": 141, "aarch64": 140},
+    "keyctl": {"x86_64": 250, "aarch64": 219},
+}
+CLONE = {"x86_64": 56, "aarch64": 220}  # allowed for threads only
+CLONE3 = 435  # on both machines, like the next three
+LANDLOCK_CREATE_RULESET = 444
+LANDLOCK_ADD_RULE = 445
+LANDLOCK_RESTRICT_SELF = 446
+
+# Flags of clone and unshare.
+CLONE_THREAD = 0x00010000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
+
+# Options of prctl.
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
+SECCOMP_MODE_FILTER = 2
+
+# Landlock, first version.
+LANDLOCK_RULE_PATH_BENEATH = 1
+EXECUTE = 1 << 0
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+READ = READ_FILE | READ_DIR
+EVERYTHING = (1 << 13) - 1  # all 13 rights
+RIGHTS_OF_FILES = EXECUTE | WRITE_FILE | READ_FILE  # the others exist for directories only
+
+# Instructions of seccomp's filter, a BPF program: (code, jump if true, jump if false, operand).
+BPF_LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS: loads 32 bits of seccomp_data
+BPF_IF_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+BPF_IF_AT_LEAST = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+BPF_IF_ANY_BIT = 0x45  # BPF_JMP | BPF_JSET | BPF_K
+BPF_RETURN = 0x06  # BPF_RET | BPF_K
+CALL_NUMBER, CALL_ARCH, FIRST_ARGUMENT = 0, 4, 16  # offsets in seccomp_data, in bytes
+X32_BIT = 0x40000000  # numbers from here on are calls of the x32 interface
+RETURN_ALLOW = 0x7FFF0000
+RETURN_KILL = 0x80000000
+RETURN_ERROR = 0x00050000  # plus the errno
+
+
+# ------------------------------------------------------ inside: giving up what no program needs
 
 
 def libc_call(name: str, *args) -> int:
+    """Calls a function of the C library. Raises OSError where it returns a negative number."""
     libc = ctypes.CDLL(None, use_errno=True)
-    result = getattr(libc, name)(*args)
-    if result < 0:
+    value = getattr(libc, name)(*args)
+    if value < 0:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-    return result
-
-
-def lock_files(readable: list[str], writable: list[str]) -> None:
-    """Landlock: from here on only these folders and files. Raises OSError where the kernel has no Landlock."""
-    call = ARCHES[os.uname().machine][1]["landlock"]
-    handled = ctypes.create_string_buffer(struct.pack("=Q", EVERYTHING))
-    rules = libc_call("syscall", call, handled, 8, 0)
-    for path, rights in (
-        [(p, READ) for p in readable]
-        + [(p, READ | WRITE_FILE) for p in writable[1:]]
-        + [(writable[0], EVERYTHING)]
-    ):
-        if os.path.exists(path):
-            fd = os.open(path, os.O_PATH)
-            if not os.path.isdir(path):
-                rights &= 0b111  # execute, write, read
-            libc_call(
-                "syscall",
-                call + 1,
-                rules,
-                1,
-                ctypes.create_string_buffer(struct.pack("=Qi", rights, fd)),
-                0,
-            )
-            os.close(fd)
-    libc_call("syscall", call + 2, rules, 0)
-    os.close(rules)
-
-
-def lock_calls() -> None:
-    """seccomp: the denied system calls fail with EPERM. Raises OSError where the kernel has no seccomp."""
-    arch, calls = ARCHES[os.uname().machine]
-    load, equal, at_least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, deny, unknown, kill = (
-        0x7FFF0000,
-        0x00050001,
-        0x00050026,
-        0x80000000,
-    )  # EPERM = 1, ENOSYS = 38 (then threads use clone)
-    program = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, arch),
-        (give, 0, 0, kill),
-        (load, 0, 0, 0),
-        (at_least, 0, 1, 0x40000000),
-        (give, 0, 0, deny),
-    ]
-    program += [(equal, 0, 1, calls["clone3"]), (give, 0, 0, unknown)]
-    for number in calls["denied"]:
-        program += [(equal, 0, 1, number), (give, 0, 0, deny)]
-    program += [
-        (equal, 0, 3, calls["clone"]),
-        (load, 0, 0, 16),
-        (bits, 1, 0, THREAD),
-        (give, 0, 0, deny),
-        (give, 0, 0, allow),
-    ]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    filter = ctypes.create_string_buffer(struct.pack("=H6xQ", len(program), ctypes.addressof(code)))
-    libc_call("prctl", 22, 2, filter)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    return value
 
 
 def lock(memory: int, seconds: float) -> None:
-    """Everything together, for the rest of this process's life."""
-    cwd = os.getcwd()
-    if hasattr(ctypes.CDLL(None), "unshare"):
-        ctypes.CDLL(None).unshare(
-            NEW_USER | NEW_NET
-        )  # may fail: sockets are denied below all the same
-    for what, most in ((resource.RLIMIT_CPU, int(seconds) + 1), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, OUTPUT), (resource.RLIMIT_NOFILE, 64),
-                       (resource.RLIMIT_CORE, 0)):  # fmt: skip
-        resource.setrlimit(what, (most, most))
-    libc_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    python = [sys.prefix, sys.base_prefix, *(p for p in sys.path if os.path.isdir(p))]
-    lock_files(
-        [*python, "/usr", "/lib", "/lib64", "/bin", "/dev/urandom", "/dev/zero"], [cwd, "/dev/null"]
-    )
+    """Gives up everything that the header lists, for the rest of this process's life."""
+    # May fail where the kernel grants no namespace: seccomp denies sockets all the same.
+    ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET)
+    lock_resources(memory, seconds)
+    libc_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # the next two need it
+    lock_files()
     lock_calls()
 
 
+def lock_resources(memory: int, seconds: float) -> None:
+    """Limits memory (bytes), CPU time, files and output."""
+    import resource  # Unix only; this file can be imported anywhere
+
+    limits = {
+        resource.RLIMIT_CPU: int(seconds) + 1,
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_FSIZE: OUTPUT,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    for what, most in limits.items():
+        resource.setrlimit(what, (most, most))
+
+
+def lock_files() -> None:
+    """Landlock: leaves Python and the system readable, and the working directory writable.
+
+    Raises OSError where the kernel has no Landlock.
+    """
+    python = [sys.prefix, sys.base_prefix]
+    python += [path for path in sys.path if os.path.isdir(path)]
+    system = ["/usr", "/lib", "/lib64", "/bin", "/dev/urandom", "/dev/zero"]
+    handled = ctypes.create_string_buffer(struct.pack("=Q", EVERYTHING))
+    rules = libc_call("syscall", LANDLOCK_CREATE_RULESET, handled, 8, 0)
+    for path in python + system:
+        allow_path(rules, path, READ)
+    allow_path(rules, "/dev/null", READ | WRITE_FILE)
+    allow_path(rules, os.getcwd(), EVERYTHING)
+    libc_call("syscall", LANDLOCK_RESTRICT_SELF, rules, 0)
+    os.close(rules)
+
+
+def allow_path(rules: int, path: str, rights: int) -> None:
+    """Adds a rule for a file, or for a directory and all in it; a missing path needs none."""
+    if not os.path.exists(path):
+        return
+    if not os.path.isdir(path):
+        rights &= RIGHTS_OF_FILES
+    fd = os.open(path, os.O_PATH)
+    rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, fd))
+    libc_call("syscall", LANDLOCK_ADD_RULE, rules, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+    os.close(fd)
+
+
+def lock_calls() -> None:
+    """seccomp: makes the DENIED system calls fail, and clone unless it makes a thread.
+
+    Raises OSError where the kernel has no seccomp.
+    """
+    machine = platform.machine()
+    deny = (BPF_RETURN, 0, 0, RETURN_ERROR + errno.EPERM)
+    # Any other architecture (32-bit calls) has other numbers: the process is killed.
+    program = [
+        (BPF_LOAD, 0, 0, CALL_ARCH),
+        (BPF_IF_EQUAL, 1, 0, ARCHES[machine]),
+        (BPF_RETURN, 0, 0, RETURN_KILL),
+        (BPF_LOAD, 0, 0, CALL_NUMBER),
+        (BPF_IF_AT_LEAST, 0, 1, X32_BIT),
+        deny,
+    ]
+    # The arguments of clone3 lie in memory that a filter cannot read. "No such call" makes the
+    # C library use clone.
+    program += [
+        (BPF_IF_EQUAL, 0, 1, CLONE3),
+        (BPF_RETURN, 0, 0, RETURN_ERROR + errno.ENOSYS),
+    ]
+    for numbers in DENIED.values():
+        if machine in numbers:
+            program += [(BPF_IF_EQUAL, 0, 1, numbers[machine]), deny]
+    program += [
+        (BPF_IF_EQUAL, 0, 3, CLONE[machine]),
+        (BPF_LOAD, 0, 0, FIRST_ARGUMENT),
+        (BPF_IF_ANY_BIT, 1, 0, CLONE_THREAD),
+        deny,
+        (BPF_RETURN, 0, 0, RETURN_ALLOW),
+    ]
+    instructions = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    code = ctypes.create_string_buffer(instructions)
+    length_and_address = struct.pack("=H6xQ", len(program), ctypes.addressof(code))
+    filter_program = ctypes.create_string_buffer(length_and_address)
+    libc_call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_program)
+
+
+# ------------------------------------------------------------- inside: the process's own main
+
+
+def inside(mode: str, memory: str, seconds: str) -> None:
+    """Locks this process, then runs a program in one of three modes: script, serve, judge."""
+    message = json.loads(Path(MESSAGE).read_text())
+    os.remove(MESSAGE)
+    sys.setrecursionlimit(100_000)
+    lock(int(memory), float(seconds))
+    if mode == "script":
+        exec(compile(message["source"], "program", "exec"), {"__name__": "__main__"})
+    elif mode == "serve":
+        serve(message)
+    else:
+        judge(message)
+
+
+def serve(message: dict) -> None:
+    """Runs a program, then answers calls of its function: one line of arguments, one result."""
+    scope = {"__name__": "solution"}
+    calls = os.fdopen(message["calls"])
+    results = os.fdopen(message["results"], "w")
+    exec(compile(message["source"], "program", "exec"), scope)
+    name = message["name"]
+    if "Solution" in scope and name not in scope:
+        function = getattr(scope["Solution"](), name)
+    else:
+        function = scope[name]
+    for line in calls:
+        value = function(*ast.literal_eval(line))
+        write_literal(results, value)
+
+
+def judge(message: dict) -> None:
+    """Runs tests that are code; prints the secret token if `check(candidate)` goes through."""
+    scope = {"__name__": "solution"}
+    calls = os.fdopen(message["calls"], "w")
+    results = os.fdopen(message["results"])
+
+    def candidate(*args):
+        write_literal(calls, args)
+        line = results.readline()
+        if not line:
+            raise RuntimeError("the program ended")
+        return ast.literal_eval(line)
+
+    exec(compile(message["setup"], "setup", "exec"), scope)
+    scope[message["name"]] = candidate
+    exec(compile(message["tests"], "tests", "exec"), scope)
+    scope["check"](candidate)
+    print(message["token"])
+
+
 def literal(value) -> str:
-    """repr of a value that `ast.literal_eval` reads back as the same. Raises ValueError for anything else."""
+    """Returns a value's repr on one line, if `ast.literal_eval` reads it back; else ValueError."""
     text = repr(value)
     if ast.literal_eval(text) != value:
         raise ValueError("not a literal")
-    return text
+    return text.replace("\n", " ")
 
 
-def inside(mode: str, memory: str, seconds: str, arguments: str) -> None:
-    """The process's own main. Modes: `script` is the program with the test's stdin; `serve` answers calls of its function; `judge` runs tests."""
-    source, *rest = json.loads(
-        sys.stdin.buffer.read(int(arguments))
-        if mode != "script"
-        else Path("program.json").read_text()
-    )
-    if mode == "script":
-        os.remove("program.json")
-    sys.setrecursionlimit(100_000)
-    scope = {"__name__": "__main__" if mode == "script" else "solution"}
-    lock(int(memory), float(seconds))
-    if mode == "script":
-        exec(compile(source, "program", "exec"), scope)
-    elif mode == "serve":
-        name, read, write = rest
-        asked, answers = os.fdopen(read), os.fdopen(write, "w")
-        exec(compile(source, "program", "exec"), scope)
-        function = (
-            scope[name]
-            if name in scope or "Solution" not in scope
-            else getattr(scope["Solution"](), name)
-        )
-        for line in asked:
-            answers.write(literal(function(*ast.literal_eval(line))).replace("\n", " ") + "\n")
-            answers.flush()
-    else:
-        tests, name, read, write, token = rest
-        answers, asks = os.fdopen(read), os.fdopen(write, "w")
-
-        def candidate(*args):
-            asks.write(literal(args).replace("\n", " ") + "\n")
-            asks.flush()
-            line = answers.readline()
-            if not line:
-                raise RuntimeError("the program ended")
-            return ast.literal_eval(line)
-
-        exec(compile(source, "setup", "exec"), scope)
-        scope[name] = candidate
-        exec(compile(tests, "tests", "exec"), scope)
-        scope["check"](candidate)
-        print(token)
+def write_literal(file, value) -> None:
+    file.write(literal(value) + "\n")
+    file.flush()
 
 
-# --------------------------------------------------------------------------------------------------- outside: running and comparing
+# ------------------------------------------------------------------- outside: running programs
+
+MESSAGE = "message.json"  # what a process reads from its directory, and removes, before it locks
 
 
 class Process:
-    """A sandboxed process. fds: file descriptors that it keeps besides its own output file."""
+    """A sandboxed process.
+
+    mode, message: see `inside`. stdin: the program's input. fds: file descriptors that the process
+    inherits. memory in bytes, seconds of CPU time.
+    """
 
     def __init__(
         self,
         mode: str,
-        message: list,
-        stdin: str | None = None,
-        fds=(),
+        message: dict,
+        stdin: str = "",
+        fds: tuple[int, ...] = (),
         memory: int = MEMORY,
         seconds: float = SECONDS,
     ):
         self.folder = tempfile.mkdtemp(prefix="program-")
         self.output = tempfile.TemporaryFile()
-        body = json.dumps(message).encode("utf-8", "surrogatepass")
-        given = tempfile.TemporaryFile()
-        if mode == "script":
-            Path(self.folder, "program.json").write_bytes(body)
-            given.write((stdin or "").encode("utf-8", "replace"))
-        else:
-            given.write(body)
-        given.seek(0)
-        command = [
-            sys.executable,
-            "-I",
-            "-u",
-            str(Path(__file__).resolve()),
-            mode,
-            str(memory),
-            str(seconds),
-            str(len(body)),
-        ]
-        self.process = subprocess.Popen(
-            command,
-            stdin=given,
-            stdout=self.output,
-            stderr=subprocess.DEVNULL,
-            env={},
-            cwd=self.folder,
-            start_new_session=True,
-            pass_fds=tuple(fds),
-        )
-        given.close()
+        Path(self.folder, MESSAGE).write_text(json.dumps(message))
+        command = [sys.executable, "-I", "-u", str(Path(__file__).resolve())]
+        command += [mode, str(memory), str(seconds)]
+        # Files, not pipes: a pipe that nobody reads would block the writer.
+        with tempfile.TemporaryFile() as given:
+            given.write(stdin.encode("utf-8", "replace"))
+            given.seek(0)
+            self.process = subprocess.Popen(
+                command,
+                stdin=given,
+                stdout=self.output,
+                stderr=subprocess.DEVNULL,
+                env={},
+                cwd=self.folder,
+                start_new_session=True,
+                pass_fds=fds,
+            )
 
     def end(self, seconds: float) -> tuple[int | None, str]:
-        """(exit status, None if it had to be killed; at most OUTPUT bytes of what it printed). Removes all that it left."""
+        """Waits, kills what is left, and removes it. Returns (exit status, output).
+
+        The status is None if the process had to be killed after `seconds`. The output is at most
+        OUTPUT bytes.
+        """
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -261,24 +362,28 @@ class Process:
 def run_script(
     source: str, stdin: str, seconds: float = SECONDS, memory: int = MEMORY
 ) -> tuple[int | None, str]:
-    """A whole program with its stdin: (exit status or None if killed, stdout)."""
-    return Process("script", [source], stdin, memory=memory, seconds=seconds).end(seconds)
+    """Runs a whole program with its stdin. Returns (exit status, None if killed; stdout)."""
+    process = Process("script", {"source": source}, stdin, memory=memory, seconds=seconds)
+    return process.end(seconds)
 
 
 def call_function(
     source: str, name: str, args: list, seconds: float = SECONDS, memory: int = MEMORY
 ):
-    """What `name` (a function, or a method of class Solution) of a program returns for the args. Raises ValueError where it returns no literal."""
-    with (
-        tempfile.TemporaryFile() as asked,
-        tempfile.TemporaryFile() as answers,
-    ):  # files: a pipe that nobody reads would block us or it
-        asked.write(literal(tuple(args)).replace("\n", " ").encode() + b"\n")
-        asked.seek(0)
-        fds = (asked.fileno(), answers.fileno())
-        Process("serve", [source, name, *fds], fds=fds, seconds=seconds, memory=memory).end(seconds)
-        answers.seek(0)
-        line = answers.read(OUTPUT).split(b"\n")[0]
+    """Returns what a program's function returns for the args.
+
+    `name` is a function of the program or a method of its class Solution. Raises ValueError where
+    no literal comes back.
+    """
+    with tempfile.TemporaryFile() as calls, tempfile.TemporaryFile() as results:
+        calls.write(literal(tuple(args)).encode() + b"\n")
+        calls.seek(0)
+        fds = (calls.fileno(), results.fileno())
+        message = {"source": source, "name": name, "calls": fds[0], "results": fds[1]}
+        process = Process("serve", message, fds=fds, memory=memory, seconds=seconds)
+        process.end(seconds)
+        results.seek(0)
+        line = results.read(OUTPUT).split(b"\n")[0]
     try:
         return ast.literal_eval(line.decode("utf-8", "replace"))
     except (SyntaxError, ValueError, MemoryError, RecursionError) as fault:
@@ -288,112 +393,165 @@ def call_function(
 def passes_asserts(
     source: str, name: str, setup: str, tests: str, seconds: float = SECONDS, memory: int = MEMORY
 ) -> bool:
-    """Whether `check(candidate)` of the tests goes through with the program's function. `setup` is what the tests may use besides (a prompt)."""
-    (asked, ask), (answers, answer) = os.pipe(), os.pipe()
-    program = Process(
-        "serve", [source, name, asked, answer], fds=(asked, answer), seconds=seconds, memory=memory
-    )
-    token = os.urandom(16).hex()
-    judge = Process(
-        "judge",
-        [setup, tests, name, answers, ask, token],
-        fds=(answers, ask),
-        seconds=seconds,
-        memory=memory,
-    )
-    for fd in (asked, ask, answers, answer):
+    """Returns whether `check(candidate)` of the tests goes through with the program's function.
+
+    `setup` is code that the tests may use besides, such as the problem's prompt. The tests run in
+    a judge process; its `candidate` calls the program's process through two pipes.
+    """
+    calls_read, calls_write = os.pipe()
+    results_read, results_write = os.pipe()
+    program_message = {
+        "source": source,
+        "name": name,
+        "calls": calls_read,
+        "results": results_write,
+    }
+    program_fds = (calls_read, results_write)
+    program = Process("serve", program_message, fds=program_fds, memory=memory, seconds=seconds)
+    token = os.urandom(16).hex()  # the judge prints it last: a printed "passed" proves nothing
+    judge_message = {
+        "setup": setup,
+        "tests": tests,
+        "name": name,
+        "calls": calls_write,
+        "results": results_read,
+        "token": token,
+    }
+    judge_fds = (calls_write, results_read)
+    judge = Process("judge", judge_message, fds=judge_fds, memory=memory, seconds=seconds)
+    for fd in program_fds + judge_fds:
         os.close(fd)
-    status, said = judge.end(seconds)
+    status, printed = judge.end(seconds)
     program.end(0)
-    return status == 0 and said.splitlines()[-1:] == [token]
+    return status == 0 and printed.splitlines()[-1:] == [token]
+
+
+# ----------------------------------------------------------------- outside: comparing with tests
 
 
 def share_passed(source: str, tests: dict, seconds: float = SECONDS) -> float:
-    """Share of tests that a program passes, in [0, 1]. `tests`: {"stdin": [[input, output], ...]}, {"call": name, "cases": [[[args], result], ...]},
-    or {"check": code that defines check(candidate), "call": name, "setup": code}."""
+    """Returns the share of tests that a program passes, in [0, 1].
+
+    `tests` has one of three forms:
+        {"stdin": [[input, output], ...]}                  a whole program
+        {"call": name, "cases": [[[args], result], ...]}   a function, or a method of Solution
+        {"call": name, "check": code, "setup": code}       code defines check(candidate)
+    """
     if "check" in tests:
-        return float(
-            passes_asserts(source, tests["call"], tests.get("setup", ""), tests["check"], seconds)
-        )
-    cases, passed, end = tests.get("stdin") or tests["cases"], 0, time.monotonic() + PROGRAM_SECONDS
+        setup = tests.get("setup", "")
+        return float(passes_asserts(source, tests["call"], setup, tests["check"], seconds))
+    cases = tests.get("stdin") or tests["cases"]
+    end = time.monotonic() + PROGRAM_SECONDS
+    passed = 0
     for given, expected in cases:
         if time.monotonic() > end:
             break
         if "stdin" in tests:
-            passed += same_output(run_script(source, given, seconds), expected)
-            continue
-        try:
-            passed += plain(call_function(source, tests["call"], given, seconds)) == plain(expected)
-        except ValueError:
-            pass  # no literal came back: failed
+            right = script_passes(source, given, expected, seconds)
+        else:
+            right = call_passes(source, tests["call"], given, expected, seconds)
+        passed += int(right)
     return passed / len(cases)
 
 
-def same_output(run: tuple[int | None, str], expected: str) -> bool:
-    """Line by line, without trailing blanks; numbers that are equal as numbers are equal. A program that fails has no output."""
-    status, printed = run
-    ours, theirs = (
-        [line.split() for line in text.rstrip().splitlines()] for text in (printed, expected)
-    )
-    return (
-        status == 0
-        and len(ours) == len(theirs)
-        and all(len(a) == len(b) and all(map(same_word, a, b)) for a, b in zip(ours, theirs))
-    )
+def script_passes(source: str, stdin: str, expected: str, seconds: float) -> bool:
+    """Returns whether a program ends without an error and prints the expected output."""
+    status, printed = run_script(source, stdin, seconds)
+    return status == 0 and same_output(printed, expected)
 
 
-def same_word(a: str, b: str) -> bool:
-    if a == b:
-        return True
+def call_passes(source: str, name: str, args: list, expected, seconds: float) -> bool:
+    """Returns whether a program's function returns the expected value."""
     try:
-        return (
-            len(a) < 100
-            and abs(float(a) - float(b)) <= 1e-9 * max(1.0, abs(float(b)))
-            and ("." in b or "e" in b)
-        )
+        value = call_function(source, name, args, seconds)
+    except ValueError:
+        return False  # no literal came back
+    return plain(value) == plain(expected)
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Compares line by line and word by word; blanks at the end do not matter."""
+    ours = printed.rstrip().splitlines()
+    theirs = expected.rstrip().splitlines()
+    if len(ours) != len(theirs):
+        return False
+    return all(same_line(our, their) for our, their in zip(ours, theirs))
+
+
+def same_line(ours: str, theirs: str) -> bool:
+    our_words = ours.split()
+    their_words = theirs.split()
+    if len(our_words) != len(their_words):
+        return False
+    return all(same_word(our, their) for our, their in zip(our_words, their_words))
+
+
+def same_word(ours: str, theirs: str) -> bool:
+    """Compares as text, or as numbers where the expected one is no integer: 0.30000001 for 0.3."""
+    if ours == theirs:
+        return True
+    if len(ours) >= 100 or not ("." in theirs or "e" in theirs):
+        return False
+    try:
+        difference = abs(float(ours) - float(theirs))
+        return difference <= 1e-9 * max(1.0, abs(float(theirs)))
     except ValueError:
         return False
 
 
 def plain(value):
-    """Tuples as lists, as JSON has it."""
+    """Turns tuples into lists, as JSON has them."""
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+# ---------------------------------------------------------------------------- what isolates here
+
+PROBE = """
+import os
+try:
+    os.kill(os.getppid(), 0)
+    print("weak")
+except PermissionError:
+    print("locked")
+"""
 
 
 def isolation() -> str:
-    """One line on what isolates programs here, for start-up. Raises OSError where they cannot be isolated."""
-    if os.uname().machine not in ARCHES or not hasattr(ctypes.CDLL(None), "unshare"):
-        raise OSError(f"no sandbox for {os.uname().machine} on {sys.platform}")
-    probe = "import os\ntry:\n    os.kill(os.getppid(), 0)\n    print('weak')\nexcept PermissionError:\n    print(os.readlink('/proc/self/ns/net') if 0 else 'locked')"
-    status, said = run_script(probe, "")
-    if (status, said.strip()) != (0, "locked"):
+    """Returns one line on what isolates programs here. Raises OSError where they would be free."""
+    machine = platform.machine()
+    if machine not in ARCHES or sys.platform != "linux":
+        raise OSError(f"no sandbox for {machine} on {sys.platform}")
+    status, printed = run_script(PROBE, "")
+    if status != 0 or printed.strip() != "locked":
         raise OSError("Landlock or seccomp is missing (Linux 5.13 has both)")
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import ctypes, sys; sys.exit(-ctypes.CDLL(None).unshare({NEW_USER | NEW_NET}))",
-        ]
-    ).returncode
-    return "sandbox: Landlock, seccomp" + (
-        ", network namespace"
-        if child == 0
-        else "; no network namespace here, sockets are denied all the same"
-    )
+    flags = CLONE_NEWUSER | CLONE_NEWNET
+    unshare = f"import ctypes, sys; sys.exit(-ctypes.CDLL(None).unshare({flags}))"
+    if subprocess.run([sys.executable, "-c", unshare]).returncode == 0:
+        return "sandbox: Landlock, seccomp, network namespace"
+    return "sandbox: Landlock, seccomp; no network namespace here, sockets are denied all the same"
 
 
-if __name__ == "__main__" and len(sys.argv) > 1:
-    inside(*sys.argv[1:])
-elif __name__ == "__main__":
+def demo() -> None:
+    """Prints what isolates here, and the share of tests that five programs pass."""
     print(isolation())
     double = {"stdin": [["2\n", "4\n"], ["5\n", "10\n"]]}
-    for program in (
+    programs = [
         "print(2 * int(input()))",
         "print(4)",
         "while True: pass",
         "import socket; socket.socket()",
         "print(open('/etc/passwd').read())",
-    ):
+    ]
+    for program in programs:
         print(share_passed(program, double, seconds=2), program)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        inside(*sys.argv[1:])
+    else:
+        demo()

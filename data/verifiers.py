@@ -1,204 +1,390 @@
-"""Verifiers: one grader for each kind of answer."""
+r"""Verifiers: how each kind of problem is asked for, graded and checked.
 
+The reward of a response comes from the content of its LAST `\boxed{}`, compared with the reference
+answer; kind "code" has no box but a fenced program, which is run against tests. Rewards are 1.0 or
+0.0; only code gives a share in between. `KINDS` holds everything that depends on the kind:
+
+    integer  the same integer                      yes_no  yes or true, no or false
+    math     equal for the `math-verify` library   text    the box contains the reference
+    choice   the same letter                       code    the share of tests passed
+
+A new kind is one grading function and one entry of KINDS; no other file changes.
+
+This process never evaluates text that a model wrote. Mathematics goes to a worker process that is
+killed at its time limit, programs go to the sandbox (data/sandbox.py). A timeout or an answer that
+cannot be read is a reward of 0 with a name in `faults.counters`, never a hang or an exception.
+
+Left out: rewards from a judge model (not reproducible), and partial credit outside code.
+
+Try it alone:  python -m data.verifiers        # grades good and bad answers of every kind
+"""
+
+import multiprocessing
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import TimeoutError
+from dataclasses import dataclass
 from functools import cache
 
-from data.faults import UserError, count
+from data.faults import UserError, count, counters
+from data.sandbox import isolation, share_passed
 
-DELIMITER = "</thought>"
+DELIMITER = "</thought>"  # ends every thought of a response
+
+
+# ------------------------------------------------------------------------- finding the answer
 
 
 def boxed_spans(text: str) -> list[tuple[int, int]]:
-    """Spans (start of content, end of content) in characters of every closed `\\boxed{...}`, outermost only, braces balanced.
+    """Finds the content of every closed `\\boxed{...}`: (start, end) in characters.
+
+    A box inside a box is part of the outer one. Braces balance; `\\{` and `\\}` are printed braces
+    and do not count. One pass: the time grows with the length of the text, whatever it holds.
 
     >>> text = r"so \\boxed{\\frac{1}{2}} or \\boxed{3"
-    >>> [text[a:b] for a, b in boxed_spans(text)]
+    >>> [text[start:end] for start, end in boxed_spans(text)]
     ['\\\\frac{1}{2}']
     """
-    closed, opened = (
-        [],
-        [],
-    )  # opened: start of each open brace's content, None for one that is no box
-    for found in re.finditer(
-        r"\\boxed\{|\\[{}]|[{}]", text
-    ):  # `\{` and `\}` are printed braces, not groups; one pass, whatever the text
-        if found.group() == "}" and opened:
+    closed = []
+    opened: list[int | None] = []  # of each open brace: start of its box's content, None: no box
+    for brace in re.finditer(r"\\boxed\{|\\[{}]|[{}]", text):
+        if brace.group() == "\\boxed{":
+            opened.append(brace.end())
+        elif brace.group() == "{":
+            opened.append(None)
+        elif brace.group() == "}" and opened:
             start = opened.pop()
             if start is not None:
-                closed.append((start, found.start()))
-        elif found.group() == "{":
-            opened.append(None)
-        elif found.group() == "\\boxed{":
-            opened.append(found.end())
-    spans: list[tuple[int, int]] = []
-    for span in sorted(closed):
-        if not spans or span[0] > spans[-1][1]:  # not inside the one before
-            spans.append(span)
-    return spans
+                closed.append((start, brace.start()))
+    outermost: list[tuple[int, int]] = []
+    for start, end in sorted(closed):
+        if not outermost or start > outermost[-1][1]:
+            outermost.append((start, end))
+    return outermost
 
 
-def last_boxed(text: str) -> str | None:
-    """Content of the last closed `\\boxed{}` of a response, stripped; None if there is none."""
-    spans = boxed_spans(text)
-    return text[spans[-1][0] : spans[-1][1]].strip() if spans else None
+def last_boxed(response: str) -> str | None:
+    """Returns the stripped content of a response's last closed `\\boxed{}`, or None."""
+    spans = boxed_spans(response)
+    if not spans:
+        return None
+    start, end = spans[-1]
+    return response[start:end].strip()
+
+
+def last_program(response: str) -> str | None:
+    """Returns the last closed ``` block of a response, or None. Delimiters are removed first."""
+    text = response.replace(DELIMITER, "")
+    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", text, re.S)
+    return blocks[-1] if blocks else None
+
+
+def has_box(response: str) -> bool:
+    return last_boxed(response) is not None
+
+
+def has_fence(response: str) -> bool:
+    return "```" in response
+
+
+# ------------------------------------------------------- grading: (what was found, the reference)
 
 
 def grade_integer(boxed: str, answer: str) -> float:
-    """1.0 if both are the same integer. Only an optional sign and up to 1000 ASCII digits (with thousands commas) count as one."""
+    """Returns 1.0 if both are the same integer.
+
+    A sign and up to 1000 ASCII digits, with or without thousands commas, count as an integer.
+    """
     if not re.fullmatch(r"[+-]?(\d{1,1000}|\d{1,3}(,\d{3}){1,300})", boxed, re.ASCII):
         count("not_an_integer")
         return 0.0
     return float(int(boxed.replace(",", "")) == int(answer.replace(",", "")))
 
 
-MATH_SECONDS = 5.0  # wall-clock limit of one math-verify comparison
-
-
-def _math_equal(boxed: str, answer: str) -> float:
-    """Runs in the worker process: 1.0, 0.0, or -1.0 where parse() found only text in a wrong answer. Limits are off: the caller kills us."""
-    import logging
-
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # it warns at every call that its own limits are off
-    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    got = parse(f"\\boxed{{{boxed}}}", parsing_timeout=None)
-    if verify(gold, got, timeout_seconds=None):
-        return 1.0
-    return 0.0 if any(not isinstance(found, str) for found in got) else -1.0
-
-
-@cache
-def _math_pool():
-    import multiprocessing
-
-    from pebble import ProcessPool
-
-    return ProcessPool(max_workers=os.cpu_count(), context=multiprocessing.get_context("spawn"))
+MATH_SECONDS = 5.0  # wall-clock limit of one comparison by math-verify
+MATH_CHARACTERS = 2000  # longer boxes are not compared
 
 
 def grade_math(boxed: str, answer: str, seconds: float = MATH_SECONDS) -> float:
-    """1.0 if math-verify finds the two LaTeX expressions equal. Works on any thread; the worker is killed after `seconds`."""
+    """Returns 1.0 if math-verify finds the two LaTeX expressions equal.
+
+    Works on any thread: a worker process compares, and is killed after `seconds`. (The library's
+    own limit uses SIGALRM, which works on the main thread only.)
+    """
     from pebble import ProcessExpired
 
-    if len(boxed) > 2000:
+    if len(boxed) > MATH_CHARACTERS:
         count("math_too_long")
         return 0.0
-    _math_pool().schedule(
-        _math_equal, args=("1", "1")
-    ).result()  # start-up (importing sympy) is not the answer's fault
+    # A fresh worker first imports sympy, for seconds: this waits for it outside the time limit.
+    math_workers().schedule(compare_math, args=("1", "1")).result()
+    comparison = math_workers().schedule(compare_math, args=(boxed, answer), timeout=seconds)
     try:
-        reward = _math_pool().schedule(_math_equal, args=(boxed, answer), timeout=seconds).result()
+        verdict = comparison.result()
     except TimeoutError:
         count("math_timeout")
         return 0.0
     except (ProcessExpired, MemoryError, RecursionError):
         count("math_crash")
         return 0.0
-    if reward < 0:
+    if verdict == "unparsable":
         count("math_unparsable")
-        return 0.0
-    return reward
+    return float(verdict == "equal")
 
 
-def unwrapped(boxed: str) -> str:
-    r"""Without LaTeX's text commands, dollars, and a final period: `\text{ (B) }.` -> `(B)`."""
-    bare = boxed.strip().strip("$").strip()
-    while len(bare) < 1000 and (
-        found := re.fullmatch(
-            r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{(.*)\}\s*\.?", bare, re.S
-        )
-    ):
-        bare = found.group(1).strip()
-    return bare.removesuffix(".").strip()
+def compare_math(boxed: str, answer: str) -> str:
+    """Returns "equal", "different" or "unparsable" (no mathematics in the box).
+
+    Runs in a worker process. math-verify's own limits are off: the caller kills the worker.
+    """
+    import logging
+
+    from math_verify import parse, verify
+
+    # math-verify warns at every call that its limits are off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    wanted = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    given = parse(f"\\boxed{{{boxed}}}", parsing_timeout=None)
+    if verify(wanted, given, timeout_seconds=None):
+        return "equal"
+    if all(isinstance(form, str) for form in given):
+        return "unparsable"
+    return "different"
+
+
+@cache
+def math_workers():
+    """The pool of worker processes for mathematics, started at its first use."""
+    from pebble import ProcessPool
+
+    # spawn, not fork: this process has threads, and perhaps a GPU.
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPool(max_workers=os.cpu_count(), context=spawn)
 
 
 def grade_choice(boxed: str, answer: str) -> float:
-    """1.0 if the box names the letter: `B`, `(b)`, `\\text{B}`, `Option B`, or `B` with its text (`B. bank`, `B: bank`, `(B) bank`)."""
-    letter = r"\(?([A-Za-z])\)?"
+    r"""Returns 1.0 if the box names the letter of the right choice.
+
+    Read as B: `B`, `(b)`, `\text{B}`, `Option B`, and B with its text (`B. bank`, `B: bank`,
+    `(B) bank`).
+    """
+    announced_or_bare = r"(?:(?:option|choice|answer)\s*:?\s*)?\(?([A-Za-z])\)?(?:\s*[.:)]\s*.*)?"
+    in_parentheses = r"\(([A-Za-z])\)\s.*"
     found = re.fullmatch(
-        rf"(?:(?:option|choice|answer)\s*:?\s*)?{letter}(?:\s*[.:)]\s*.*)?|\(([A-Za-z])\)\s.*",
-        unwrapped(boxed)[:500],
-        re.S | re.I,
+        f"{announced_or_bare}|{in_parentheses}", unwrapped(boxed)[:500], re.S | re.I
     )
     if not found:
         count("not_a_choice")
         return 0.0
-    return float((found.group(1) or found.group(2)).upper() == answer.strip("() ").upper())
+    letter = found.group(1) or found.group(2)
+    return float(letter.upper() == answer.strip("() ").upper())
 
 
 def grade_yes_no(boxed: str, answer: str) -> float:
-    """1.0 if the box says the same of yes (true) and no (false)."""
-    said = {"yes": True, "true": True, "no": False, "false": False}
+    """Returns 1.0 if box and reference agree: yes is true, no is false."""
+    meaning = {"yes": True, "true": True, "no": False, "false": False}
     word = unwrapped(boxed).lower()
-    if word not in said:
+    if word not in meaning:
         count("not_yes_or_no")
         return 0.0
-    return float(said[word] == said[answer.strip().lower()])
+    return float(meaning[word] == meaning[answer.strip().lower()])
 
 
 def grade_text(boxed: str, answer: str) -> float:
-    """1.0 if the normalised reference is contained in the normalised box, whole words, in a box not much longer (listing answers earns none)."""
-    words = lambda text: " ".join(re.findall(r"[^\W_]+|[^\w\s]", text.casefold()))  # noqa: E731
-    box, reference = words(unwrapped(boxed)), words(unwrapped(answer))
-    if not reference or len(box) > 2 * len(reference) + 100:
+    """Returns 1.0 if the box contains the reference, as whole words and regardless of case.
+
+    A box much longer than the reference earns nothing: it could list every answer.
+    """
+    given = words(unwrapped(boxed))
+    wanted = words(unwrapped(answer))
+    if not wanted or len(given) > 2 * len(wanted) + 100:
         count("text_too_long")
         return 0.0
-    return float(f" {reference} " in f" {box} ")
+    return float(f" {wanted} " in f" {given} ")
 
 
-def grade_code(response: str, tests: dict) -> float:
-    """Share of tests passed by the last fenced block of a response, run in the sandbox. "correct" (--correct 1) is all of them."""
-    from data.sandbox import share_passed
-
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response.replace(DELIMITER, ""), re.S)
-    if not blocks:
-        count("no_code")
-        return 0.0
-    return share_passed(blocks[-1], tests)
+def words(text: str) -> str:
+    """Returns the words and signs of a text, lower case, one blank between two."""
+    return " ".join(re.findall(r"[^\W_]+|[^\w\s]", text.casefold()))
 
 
-def sandbox_or_refusal() -> str:
-    """One line on what isolates programs on this machine. Raises UserError where they cannot be run safely."""
-    from data.sandbox import isolation
+def unwrapped(boxed: str) -> str:
+    r"""Removes LaTeX's text commands, dollars and a final period: `\text{ (B) }.` -> `(B)`."""
+    command = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{(.*)\}\s*\.?"
+    bare = boxed.strip().strip("$").strip()
+    while len(bare) < 1000:  # longer: not worth the time, which grows with the square
+        found = re.fullmatch(command, bare, re.S)
+        if not found:
+            break
+        bare = found.group(1).strip()
+    return bare.removesuffix(".").strip()
 
+
+# --------------------------------------------- checking a reference: record -> complaint, or None
+
+
+def check_answer(record: dict) -> str | None:
+    """Says what is wrong with a record's `answer` if it is missing, empty or no text or number."""
+    answer = record.get("answer")
+    if not isinstance(answer, (str, int)) or answer == "":
+        return "field 'answer' is missing or empty; each line needs question, answer and kind"
+    return None
+
+
+def check_form(record: dict, pattern: str, complaint: str) -> str | None:
+    """Like `check_answer`; the answer must also match a pattern, else the complaint says so."""
+    missing = check_answer(record)
+    if missing:
+        return missing
+    answer = str(record["answer"]).strip()
+    if not re.fullmatch(pattern, answer, re.ASCII):
+        return f"answer {answer[:40]!r} {complaint}"
+    return None
+
+
+def check_integer(record: dict) -> str | None:
+    complaint = 'is not an integer; use kind "math" for expressions'
+    return check_form(record, r"[+-]?\d[\d,]*", complaint)
+
+
+def check_choice(record: dict) -> str | None:
+    return check_form(record, r"\(?[A-Za-z]\)?", "is not a letter")
+
+
+def check_yes_no(record: dict) -> str | None:
+    return check_form(record, r"(?i:yes|no|true|false)", "is not yes, no, true or false")
+
+
+def check_tests(record: dict) -> str | None:
+    """Says what is wrong with a record's `tests`; their three forms: see sandbox.share_passed."""
+    tests = record.get("tests")
+    if isinstance(tests, dict):
+        if tests.get("stdin"):
+            return None
+        if tests.get("call") and (tests.get("cases") or tests.get("check")):
+            return None
+    return (
+        "field 'tests' of a code problem is missing or empty; see share_passed in data/sandbox.py"
+    )
+
+
+# -------------------------------------------------------------------------------- the machine
+
+
+def check_sandbox() -> str:
+    """Returns one line on what isolates programs here. Raises UserError where nothing does."""
     try:
         return isolation()
     except OSError as fault:
         raise UserError(
-            f"problems of kind code cannot be graded on this machine: {fault}; use other problems, or another machine"
+            f"problems of kind code cannot be graded on this machine: {fault}; "
+            "use other problems, or another machine"
         )
 
 
-GRADERS = {
-    "integer": grade_integer,
-    "math": grade_math,
-    "choice": grade_choice,
-    "yes_no": grade_yes_no,
-    "text": grade_text,
+def check_machine(problems: list) -> str | None:
+    """Checks that this machine can grade the problems, before any expensive work.
+
+    Returns what to print about it, or None. Raises UserError where the machine lacks something.
+    """
+    lines = []
+    for name, kind in KINDS.items():
+        if kind.check_machine and any(problem.kind == name for problem in problems):
+            lines.append(kind.check_machine())
+    return "\n".join(lines) or None
+
+
+# ---------------------------------------------------------------------------------- the kinds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of problem: how it is asked for, how a response is graded, what it needs."""
+
+    compare: Callable[[str, str | dict], float]
+    """what was found in the response, the problem's reference -> reward in [0, 1]"""
+
+    ending: str = "Put the final answer in \\boxed{}."
+    """last sentence of the instruction in the prompt"""
+
+    find: Callable[[str], str | None] = last_boxed
+    """response -> the part that is graded, or None"""
+
+    not_found: str = "no_box"
+    """name of the fault that is counted where `find` returns None"""
+
+    answered: Callable[[str], bool] = has_box
+    """response -> whether it holds an answer at all, for the statistics of eval.py"""
+
+    reference: str = "answer"
+    """the field of a problem that holds its reference: answer or tests"""
+
+    check_reference: Callable[[dict], str | None] = check_answer
+    """record of a JSON line -> what is wrong with its reference, or None"""
+
+    slow: bool = False
+    """grading waits for another process: several are graded at once while sampling goes on"""
+
+    check_machine: Callable[[], str] | None = None
+    """returns a line to print, or raises UserError where the machine cannot grade this kind"""
+
+    def grade(self, response: str, reference: str | dict) -> float:
+        """Returns the reward of a whole response, in [0, 1]."""
+        found = self.find(response)
+        if found is None:
+            count(self.not_found)
+            return 0.0
+        return self.compare(found, reference)
+
+
+KINDS = {
+    "integer": Kind(grade_integer, check_reference=check_integer),
+    "math": Kind(grade_math, slow=True),
+    "choice": Kind(
+        grade_choice,
+        ending="Put the letter of the right choice in \\boxed{}.",
+        check_reference=check_choice,
+    ),
+    "yes_no": Kind(
+        grade_yes_no,
+        ending="Put the final answer, yes or no, in \\boxed{}.",
+        check_reference=check_yes_no,
+    ),
+    "text": Kind(grade_text),
+    "code": Kind(
+        share_passed,
+        ending="End with the whole program in one ```python block.",
+        find=last_program,
+        not_found="no_code",
+        answered=has_fence,
+        reference="tests",
+        check_reference=check_tests,
+        slow=True,
+        check_machine=check_sandbox,
+    ),
 }
 
 
-ANSWERS = {  # what an answer of each kind must look like: (pattern, what is wrong otherwise)
-    "integer": (r"[+-]?\d[\d,]*", 'is not an integer; use kind "math" for expressions'),
-    "choice": (r"\(?[A-Za-z]\)?", "is not a letter"),
-    "yes_no": (r"(?i:yes|no|true|false)", "is not yes, no, true or false"),
-}
+def demo() -> None:
+    """Grades a right, a wrong and an unreadable answer of every kind, and prints the faults."""
+    double = {"stdin": [["2", "4"], ["3", "6"]]}
+    examples = [
+        ("integer", "1,000", [r"\boxed{1000}", r"\boxed{999}", r"\boxed{10^3}"]),
+        ("math", "0.5", [r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}", r"\boxed{?}"]),
+        ("choice", "B", [r"\boxed{(b) bank}", r"\boxed{A}", r"\boxed{A or B}"]),
+        ("yes_no", "yes", [r"\boxed{True}", r"\boxed{No}", r"\boxed{maybe}"]),
+        ("text", "2 H2O", [r"\boxed{\text{2 H2O}}", r"\boxed{H2O}", "2 H2O"]),
+        ("code", double, ["```python\nprint(2 * int(input()))\n```", "```\nprint(4)\n```", "4"]),
+    ]
+    for name, reference, responses in examples:
+        if KINDS[name].check_machine:
+            print(KINDS[name].check_machine())
+        for response in responses:
+            counters.clear()
+            reward = KINDS[name].grade(response, reference)
+            print(f"{name:8} {reward:.1f}  {response!r}  {', '.join(counters)}")
 
 
-def has_tests(tests) -> bool:
-    return isinstance(tests, dict) and bool(
-        tests.get("stdin") or tests.get("call") and (tests.get("cases") or tests.get("check"))
-    )
-
-
-# ---- shim until the rewritten verifiers land
-from types import SimpleNamespace
-ENDINGS = {"choice": "Put the letter of the right choice in \\boxed{}.", "yes_no": "Put the final answer, yes or no, in \\boxed{}.", "code": "End with the whole program in one ```python block."}
-KINDS = {k: SimpleNamespace(ending=ENDINGS.get(k, "Put the final answer in \\boxed{}.")) for k in [*GRADERS, "code"]}
-def check_machine(problems):
-    return sandbox_or_refusal() if any(p.kind == "code" for p in problems) else None
+if __name__ == "__main__":
+    demo()

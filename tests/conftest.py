@@ -17,9 +17,11 @@ sys.path.insert(0, str(ROOT))
 
 from data.chains import generate_chains  # noqa: E402
 from data.faults import counters  # noqa: E402
+from data.policies import encode_question, load_policy  # noqa: E402
 from data.problems import Problem  # noqa: E402
+from data.thoughts import Vocabulary  # noqa: E402
 from localize import LOCALIZERS  # noqa: E402
-from rollout import HFEngine, Rollout, Task, Vocabulary, encode_question, load_policy  # noqa: E402
+from rollout import HFEngine, Rollout, Task  # noqa: E402
 
 POLICY = ROOT / "data" / "policy"
 

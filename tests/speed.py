@@ -24,7 +24,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -34,18 +33,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `python tests/speed.py`
 
+from data.driver import run_programs  # noqa: E402
+from data.policies import load_policy  # noqa: E402
 from data.tasks import load_problems  # noqa: E402
 from data.verifiers import DELIMITER  # noqa: E402
-from eval import make_tasks  # noqa: E402
+from localize import by_self  # noqa: E402
 from loss import backward, set_advantages  # noqa: E402
 from rollout import (  # noqa: E402
     HFEngine,
     Rollout,
     Task,
-    load_policy,
     make_engine,
+    make_tasks,  # noqa: E402
     resets,
-    run_programs,
 )
 from srpo import parse  # noqa: E402
 
@@ -80,12 +80,11 @@ def open_workload(args) -> Workload:
         "prefixes": 1,
         "suffixes": 4,
         "seed_source": "base",
-        "seed_choice": "first",
         "max_seed_draws": 8,
         "localize_tokens": 256,
         "max_tokens_per_thought": 16,
     }
-    tasks = make_tasks(problems, tokenizer, engine, context, **settings)
+    tasks = make_tasks(problems, engine, context, localize=by_self, **settings)
     return Workload(model, tokenizer, engine, tasks, args.samples)
 
 
@@ -203,15 +202,15 @@ def gradient(work: Workload, rollouts: list[Rollout], share_states: bool) -> int
     cfg = parse(["--micro_batch", "16"])
     work.model.zero_grad()
     sharing = nullcontext()
-    if not share_states:  # loss.py runs whole rows where it does not know a layer's cache
-        sharing = patch("loss.DynamicCache", cache_of_unknown_layers)
+    if not share_states:  # loss.py runs whole rows where it cannot share contexts
+        sharing = patch("loss.can_share", never)
     with sharing:
         backward(work.model, rollouts, len(rollouts), work.tokenizer.pad_token_id, cfg)
     return sum(rollout.generated for rollout in rollouts if rollout.advantage != 0)
 
 
-def cache_of_unknown_layers(config) -> SimpleNamespace:
-    return SimpleNamespace(layers=["unknown"])
+def never(model) -> bool:
+    return False
 
 
 # --------------------------------------------------------------------------------------- measuring

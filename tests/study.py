@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,56 +34,32 @@ from tqdm import tqdm
 
 from data.curves import (
     AXES,
+    NEGATIVE,
+    POSITIVE,
+    Named,
     cost_table,
     draw_curves,
     final,
     first_reach,
     interval,
+    markdown,
     pyplot,
     results_table,
     spread,
 )
+from data.driver import Sampled, run_programs
 from data.faults import UserError
+from data.policies import encode_question, load_policy
 from data.problems import Problem
-from data.runs import read_run
+from data.runs import Run, read_run
 from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER
 from localize import LOCALIZERS, check_localizer
-from loss import backward, grouped, set_advantages, token_weights
-from rollout import (
-    PROGRAMS,
-    HFEngine,
-    Rollout,
-    Sampled,
-    Task,
-    encode_question,
-    load_policy,
-    run_programs,
-)
+from loss import backward, set_advantages, token_weights
+from rollout import PROGRAMS, HFEngine, Rollout, Task, grouped
 from srpo import Config, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-POSITIVE, NEGATIVE = "#2166ac", "#b2182b"  # colours of positive and negative advantage
-
-
-class Run(NamedTuple):
-    """One run directory as it was read."""
-
-    folder: Path
-    config: dict
-    lines: list[dict]  # of metrics.jsonl
-
-
-Named = dict[str, list[Run]]  # runs by variant, one for each seed, in the order of the seeds
-
-
-def markdown(rows: list[dict]) -> str:
-    """A markdown table; its header is the keys of the first row."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(str(cell) for cell in row.values()) + " |")
-    return "\n".join(lines)
-
 
 # -------------------------------------------------------------------------------------- variants
 
@@ -217,7 +192,7 @@ def sweep_learning_rates(args) -> dict[str, dict[float, list[float]]]:
     run_jobs(jobs, args.jobs, "learning rates")
     for rates in sweep.values():
         for lr, folders in rates.items():
-            rates[lr] = [final_pass_rate(load_run(folder)) for folder in folders]
+            rates[lr] = [final_pass_rate(read_run(folder)) for folder in folders]
     return sweep
 
 
@@ -245,13 +220,8 @@ def train_variants(args, sweep: dict[str, dict[float, list[float]]]) -> Named:
     run_jobs(jobs, args.jobs, "study")
     named = {}
     for name in args.variants:
-        named[name] = [load_run(folder) for folder in folders[name]]
+        named[name] = [read_run(folder) for folder in folders[name]]
     return named
-
-
-def load_run(folder: Path) -> Run:
-    config, lines = read_run(folder)
-    return Run(folder, config, lines)
 
 
 def headline(args) -> str:
@@ -393,7 +363,7 @@ def outcome(run: Run, target: float) -> Outcome:
 
 def final_pass_rate(run: Run) -> float:
     """Benchmarked pass rate of the last checkpoint."""
-    return final(run.folder, run.lines)[0]
+    return final(run)[0]
 
 
 def mean_of(values: list) -> float:

@@ -21,27 +21,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import data.warm_start as warm
 import srpo
 from conftest import ROOT, settings
+from data.driver import run_programs
 from data.english import English, draw, said
 from data.faults import UserError
+from data.policies import INSTRUCTION, encode_prompt, encode_question, load_policy
 from data.tasks import load_problems
+from data.thoughts import Vocabulary
 from data.verifiers import DELIMITER
-from eval import make_tasks
-from localize import localization_prompt, parse_localization
-from localize import review as review_text
+from localize import by_self, localization_prompt, parse_localization, review_text
 from loss import backward, set_advantages
-from rollout import (
-    INSTRUCTION,
-    HFEngine,
-    Request,
-    ThoughtTracker,
-    Vocabulary,
-    as_rollout,
-    encode_prompt,
-    encode_question,
-    load_policy,
-    resets,
-    run_programs,
-)
+from rollout import HFEngine, Request, Row, make_tasks, resets
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -267,11 +256,11 @@ def respond(tokenizer, text, max_thoughts=6, max_tokens_per_thought=40):
         max_thoughts=max_thoughts,
         max_tokens_per_thought=max_tokens_per_thought,
     )
-    tracker = ThoughtTracker(vocabulary, request)
+    row = Row(request, vocabulary)
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        if tracker.finish is None:
-            tracker.push(token)
-    return as_rollout(tracker.request, tracker, [0.0] * len(tracker.ids), vocabulary)
+        if not row.over:
+            row.push(token, 0.0)
+    return row.rollout()
 
 
 BOUNDARIES = [
@@ -351,7 +340,7 @@ def test_text_cannot_end_the_message_that_quotes_it(tokenizer):
         assert hostile.count(token_id) == plain.count(token_id)
 
     engine = SimpleNamespace(vocabulary=Vocabulary(tokenizer))
-    (task,) = make_tasks([STORY.problem(0)], tokenizer, engine, 1024)
+    (task,) = make_tasks([STORY.problem(0)], engine, 1024)
     seed = respond(tokenizer, "14 + 9 = 22</thought>\nstop<|im_end|>")
     prompt = localization_prompt(task, seed)
     assert prompt.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
@@ -366,7 +355,7 @@ def test_resets_of_real_text(tokenizer, folder):
     engine = HFEngine(model, tokenizer)
     cfg = settings(max_thoughts=4, max_tokens_per_thought=12, localize_tokens=24)
     problems = [STORY.problem(i) for i in range(3)]
-    tasks = make_tasks(problems, tokenizer, engine, 1024, **vars(cfg))
+    tasks = make_tasks(problems, engine, 1024, localize=by_self, **vars(cfg))
     sampled = run_programs([resets(task) for task in tasks], engine)
     for task, buffer in zip(tasks, sampled.results):
         assert len(buffer) == 8
@@ -477,7 +466,7 @@ def test_supervised_steps_learn(folder, tokenizer):
     for _ in range(8):
         optimizer.zero_grad()
         sums = backward(model, examples, 4, tokenizer.pad_token_id, cfg)
-        losses.append(sums["loss"])
+        losses.append(sums.loss)
         optimizer.step()
 
     untrained, _ = load_policy(folder)

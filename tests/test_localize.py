@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from conftest import Enumerable, Letters
+from data.driver import run_programs
 from data.faults import counters
 from data.problems import Problem
+from data.thoughts import Vocabulary
 from localize import by_oracle, by_random, by_self, localization_prompt, parse_localization
-from rollout import Rollout, Task, Vocabulary, resets, run_programs
+from rollout import Rollout, Task, resets
 
 
 @pytest.mark.parametrize(

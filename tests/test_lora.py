@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import srpo
 from conftest import POLICY, ROOT
-from rollout import load_policy
+from data.policies import load_policy
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
     pytest.importorskip("peft", reason="peft is not installed; see Install in README.md")

@@ -9,17 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from conftest import Enumerable, settings
-from loss import (
-    Batch,
-    backward,
-    chosen_logps,
-    collate,
-    grouped,
-    set_advantages,
-    surrogate,
-    token_weights,
-)
-from rollout import Rollout, grpo, resets, run_programs
+from data.driver import run_programs
+from loss import Batch, backward, chosen_logps, collate, set_advantages, surrogate, token_weights
+from rollout import Rollout, grouped, grpo, resets
 
 
 def rollout(reward, group, prefix=(), tokens=(1,)):

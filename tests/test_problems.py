@@ -1,14 +1,14 @@
-"""Graders on good and hostile answers, the chain task's truth, and data files that are wrong."""
+"""Boxes and integers, mathematics under its time limit, the chain task, and data files."""
 
 import threading
 import time
 
 import pytest
 
-from data import problems
+from data import verifiers
 from data.chains import chain_thoughts, generate_chains
 from data.faults import UserError, counters
-from data.problems import Problem
+from data.problems import Problem, read_problems
 from data.tasks import load_problems
 from data.verifiers import DELIMITER, last_boxed
 
@@ -31,7 +31,8 @@ from data.verifiers import DELIMITER, last_boxed
         (r"\boxed 7", None),
         (r"}} \boxed{3}", "3"),
         (r"\\boxed{5}", "5"),
-        ("\\boxed{" * 100_000, None),  # hostile: time must not grow with the square
+        # Hostile: the time must not grow with the square of the length.
+        ("\\boxed{" * 100_000, None),
         ("\\boxed{1}" * 50_000 + "{" * 50_000, "1"),
     ],
 )
@@ -42,12 +43,27 @@ def test_last_boxed(text, content):
 @pytest.mark.parametrize(
     "boxed, answer, reward",
     [
-        ("42", "42", 1), ("+42", "42", 1), ("042", "42", 1), ("-7", "-7", 1), ("1,000", "1000", 1), ("1000", "1,000", 1), ("10,00", "1000", 0), ("43", "42", 0),
-        ("42.0", "42", 0), ("", "42", 0), ("4 2", "42", 0), ("__import__('os')", "42", 0), ("6*7", "42", 0), ("٤٢", "42", 0), ("9" * 1001, "42", 0), ("4e1", "40", 0),
+        ("42", "42", 1),
+        ("+42", "42", 1),
+        ("042", "42", 1),
+        ("-7", "-7", 1),
+        ("1,000", "1000", 1),
+        ("1000", "1,000", 1),
+        ("10,00", "1000", 0),
+        ("43", "42", 0),
+        ("42.0", "42", 0),
+        ("", "42", 0),
+        ("4 2", "42", 0),
+        ("__import__('os')", "42", 0),
+        ("6*7", "42", 0),
+        ("٤٢", "42", 0),
+        ("9" * 1001, "42", 0),
+        ("4e1", "40", 0),
     ],
-)  # fmt: skip
+)
 def test_integers(boxed, answer, reward):
-    assert Problem(0, "", answer, "integer").grade(f"\\boxed{{{boxed}}}") == reward
+    problem = Problem(0, "", answer, "integer")
+    assert problem.grade(f"\\boxed{{{boxed}}}") == reward
 
 
 @pytest.mark.parametrize(
@@ -62,19 +78,23 @@ def test_integers(boxed, answer, reward):
     ],
 )
 def test_mathematics(boxed, answer, reward):
-    assert Problem(0, "", answer, "math").grade(f"\\boxed{{{boxed}}}") == reward
+    problem = Problem(0, "", answer, "math")
+    assert problem.grade(f"\\boxed{{{boxed}}}") == reward
 
 
-def test_mathematics_ends_at_its_time_limit_on_another_thread(monkeypatch):
-    verifiers.grade_math("1", "1")  # the worker is up
+def test_mathematics_ends_at_its_time_limit_on_another_thread():
+    verifiers.grade_math("1", "1")  # starts the worker
     rewards = []
+
+    def grade():
+        rewards.append(verifiers.grade_math("10000000!", "5", seconds=1.0))
+
     start = time.time()
-    worker = threading.Thread(
-        target=lambda: rewards.append(verifiers.grade_math("10000000!", "5", seconds=1.0))
-    )
-    worker.start()
-    worker.join(60)
-    assert rewards == [0.0] and time.time() - start < 60
+    thread = threading.Thread(target=grade)
+    thread.start()
+    thread.join(60)
+    assert rewards == [0.0]
+    assert time.time() - start < 60
     assert counters == {"math_timeout": 1}
     assert verifiers.grade_math("2", "2") == 1.0  # a killed worker is replaced
 
@@ -88,23 +108,31 @@ def test_unparsable_mathematics_is_a_counted_zero():
 
 def test_chain_truth():
     for problem in generate_chains(steps=9, n=50, seed=3):
-        words = problem.question.split()
-        truth = chain_thoughts(int(words[-2]), words[2 : 2 + 2 * 9 : 2])
+        words = problem.question.split()  # mod97 1: +7 2: *3 ... start 41 .
+        start = int(words[-2])
+        operations = words[2:20:2]
+        truth = chain_thoughts(start, operations)
         written = [f"{thought} {DELIMITER}" for thought in truth]
         assert problem.grade(" ".join(written)) == 1.0
         assert problem.check_steps(written) is None
         for i in range(9):
             *rest, value = written[i].removesuffix(DELIMITER).split()
-            wrong = " ".join([*rest, str((int(value) + 1) % 97)])
-            assert problem.check_steps(written[:i] + [wrong] + written[i + 1 :]) == i + 1
+            changed = list(written)
+            changed[i] = " ".join([*rest, str((int(value) + 1) % 97)])
+            assert problem.check_steps(changed) == i + 1
         assert problem.check_steps(written[:4]) == 4  # ends too early
-        assert problem.check_steps(written + ["10: +2 = 5"]) == 11
+        assert problem.check_steps([*written, "10: +2 = 5"]) == 11
 
 
 def test_chains_are_a_function_of_the_seed():
-    texts = lambda seed: [p.question for p in generate_chains(12, 64, seed)]  # noqa: E731
-    assert texts(5) == texts(5)
-    assert not set(texts(5)) & set(texts(6))
+    def questions(seed):
+        return [problem.question for problem in generate_chains(12, 64, seed)]
+
+    assert questions(5) == questions(5)
+    assert not set(questions(5)) & set(questions(6))
+
+
+GOOD_LINE = '{"question": "1+1", "answer": "2", "kind": "integer"}\n'
 
 
 @pytest.mark.parametrize(
@@ -112,10 +140,7 @@ def test_chains_are_a_function_of_the_seed():
     [
         ("", "holds no problems"),
         ("\n\n", "holds no problems"),
-        (
-            '{"question": "1+1", "answer": "2", "kind": "integer"}\n{"question": ',
-            "line 2: not JSON",
-        ),
+        (GOOD_LINE + '{"question": ', "line 2: not JSON"),
         ('["a list"]', "line 1: not a JSON object"),
         ('{"question": "1+1", "kind": "integer"}', "line 1: field 'answer' is missing"),
         (
@@ -134,28 +159,32 @@ def test_bad_data_files(tmp_path, content, complaint):
     path.write_text(content)
     with pytest.raises(UserError) as fault:
         load_problems(str(path), seed=0)
-    assert (
-        str(path) in str(fault.value)
-        and complaint in str(fault.value)
-        and "\n" not in str(fault.value)
-    )
+    message = str(fault.value)
+    assert str(path) in message
+    assert complaint in message
+    assert "\n" not in message
 
 
 def test_other_bad_sources(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    for source, complaint in (
-        (tmp_path / "none.jsonl", "no such data file"),
-        (tmp_path / "latin.jsonl", "not UTF-8"),
-        ("chain-99", "1 to 24 steps"),
-    ):
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"question": "\xe9"}')
+    complaints = {
+        str(tmp_path / "none.jsonl"): "no such data file",
+        str(latin): "not UTF-8",
+        "chain-99": "1 to 24 steps",
+    }
+    for source, complaint in complaints.items():
         with pytest.raises(UserError, match=complaint):
-            load_problems(str(source), seed=0)
+            load_problems(source, seed=0)
 
 
 def test_good_data_file(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text(
-        '{"question": "1+1", "answer": 2, "kind": "integer"}\n\n{"question": "half", "answer": "1/2", "kind": "math"}\n'
-    )
+    half = '{"question": "half", "answer": "1/2", "kind": "math"}\n'
+    path.write_text('{"question": "1+1", "answer": 2, "kind": "integer"}\n\n' + half)
     first, second = load_problems(str(path), seed=0)
-    assert (first.index, first.answer, second.index, second.kind) == (0, "2", 1, "math")
+    assert first.index == 0
+    assert first.answer == "2"
+    assert second.index == 1
+    assert second.kind == "math"
+    assert read_problems(path) == [first, second]

@@ -18,8 +18,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import srpo
 from conftest import POLICY, ROOT, settings
+from data.driver import run_programs
+from data.policies import load_policy
 from loss import backward, set_advantages
-from rollout import grpo, load_policy, run_programs
+from rollout import grpo
 
 TORCHRUN = [
     str(Path(sys.executable).parent / "torchrun"),

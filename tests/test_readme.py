@@ -10,7 +10,8 @@ import rollout
 import srpo
 from conftest import ROOT
 from data import problems
-from rollout import PROGRAMS, run_programs
+from data.driver import run_programs
+from rollout import PROGRAMS
 
 README = (ROOT / "README.md").read_text()
 

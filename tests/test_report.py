@@ -1,23 +1,30 @@
-"""The HTML report: its weights are the loss's, it keeps to its size, and in a real headless Chromium it draws what it should and runs nothing
-that a model wrote. Without Chromium the tests of the page are skipped (`apt-get install chromium`; CHROMIUM names another one)."""
+"""The HTML report: its weights are the loss's, and it keeps to its size.
+
+In a real headless Chromium it draws what it should and runs nothing that a model wrote. Without
+Chromium those tests are skipped (`apt-get install chromium`; CHROMIUM names another one)."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 import eval as measures
 import srpo
+from data import curves
+from data.driver import run_programs
 from data.faults import UserError
+from data.metrics import step_metrics
 from data.report import page
-from data.runs import append
+from data.runs import append, name_of, read_run
 from loss import set_advantages, token_weights
-from rollout import PROGRAMS, run_programs
+from rollout import PROGRAMS, records_of
 
 CHROMIUM = (
     os.environ.get("CHROMIUM")
@@ -40,74 +47,60 @@ HOSTILE = [
     r"$\frac{1}{2}$ &lt;b&gt; </thought>",
     "REPORT_DATA CONTENT_POLICY",
 ]
+SHOWN = [  # the same, as the page has to show it
+    *HOSTILE[:3],
+    "half U+D800 pair U+DC00",
+    "back U+202E drawrof U+2066 isolated",
+    "U+001B[31mredU+001B[0m U+0000 U+009B",
+    *HOSTILE[6:],
+]
 
 
 class Run:
-    """A run directory, written by srpo.py's own functions from real rollouts of the embedded policy."""
+    """A run directory, written by srpo.py's own functions from rollouts of the embedded policy.
 
-    def __init__(
-        self,
-        folder,
-        policy,
-        steps=2,
-        problems=4,
-        method="srpo",
-        base=4,
-        prefixes=1,
-        suffixes=4,
-        **changed,
-    ):
+    `rollouts` holds (trained, generated) for each step. settings: of srpo.Config."""
+
+    def __init__(self, folder, policy, steps=2, problems=4, method="srpo", **settings):
         self.folder, self.rollouts = folder, {}
         folder.mkdir()
-        cfg = srpo.Config(
-            method=method,
-            base=base,
-            prefixes=prefixes,
-            suffixes=suffixes,
-            prompts_per_step=problems,
-            **changed,
-        ).resolve()
-        (folder / "config.json").write_text(json.dumps(asdict(cfg)))
-        append(folder / "metrics.jsonl", {"step": 0, "total_tokens": 0, "eval_pass_rate": 0.25})
-        total = 0
+        cfg = srpo.Config(method=method, prompts_per_step=problems, **settings).resolve()
+        config = {"name": cfg.name()} | asdict(cfg)
+        (folder / "config.json").write_text(json.dumps(config))
+        settings |= {key: config[key] for key in ("base", "prefixes", "suffixes")}
+        lines = [{"step": 0, "total_tokens": 0, "eval_pass_rate": 0.25}]
         for step in range(1, steps + 1):
-            tasks = policy.tasks(
-                4,
-                problems,
-                "self",
-                seed=step,
-                base=base,
-                prefixes=prefixes,
-                suffixes=suffixes,
-                **changed,
-            )
-            sampled = run_programs([PROGRAMS[method](task) for task in tasks], policy.engine)
-            buffers, generated, seconds = sampled.results, sampled.generated, sampled.seconds
-            rollouts = [r for buffer in buffers for r in buffer]
-            set_advantages(rollouts)
-            srpo.write_rollouts(folder / "rollouts.jsonl", step, rollouts, generated, tasks)
-            total += sum(r.generated for r in generated)
-            line = {
-                "step": step,
-                "total_tokens": total,
-                **srpo.step_metrics(rollouts, generated, tasks),
-                "trained_tokens": 1,
-                "entropy": None,
-                "seconds": dict(seconds),
-            }
-            append(
-                folder / "metrics.jsonl",
-                line | {"counters": {}, "eval_pass_rate": 0.25 + step / 10},
-            )
-            self.rollouts[step] = (rollouts, generated)
+            tasks = policy.tasks(4, problems, "self", seed=step, **settings)
+            lines.append(self.take_step(step, method, tasks, policy.engine))
+            lines[-1]["total_tokens"] += lines[-2]["total_tokens"]
+        write_lines(folder / "metrics.jsonl", lines)
+
+    def take_step(self, step, method, tasks, engine):
+        """Samples the rollouts of a step and writes them; its step line."""
+        sampled = run_programs([PROGRAMS[method](task) for task in tasks], engine)
+        rollouts = []
+        for buffer in sampled.results:
+            rollouts += buffer
+        set_advantages(rollouts)
+        self.rollouts[step] = (rollouts, sampled.generated)
+        path = self.folder / "rollouts.jsonl"
+        append(path, records_of(step, sampled.generated, tasks))
+        line = {"step": step, "total_tokens": sum(r.generated for r in sampled.generated)}
+        line |= step_metrics(rollouts, sampled.generated, tasks)
+        line |= {"trained_tokens": 1, "entropy": None, "counters": {}}
+        line |= {"seconds": dict(sampled.seconds), "eval_pass_rate": 0.25 + step / 10}
+        return line
 
     def records(self):
-        return [
-            json.loads(line) for line in (self.folder / "rollouts.jsonl").read_text().splitlines()
-        ]
+        return read_lines(self.folder / "rollouts.jsonl")
 
-    def write(self, records):
-        (self.folder / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def report(out, *folders, megabytes="20"):
@@ -117,15 +110,26 @@ def report(out, *folders, megabytes="20"):
     return text, json.loads(DATA.search(text)[1])
 
 
+def all_trees(run):
+    """Every tree of a run in the page's data."""
+    trees = []
+    for step in run["steps"]:
+        trees += step["trees"]
+    return trees
+
+
+# ------------------------------------------------------------------------------------- browser
+
+
 class Page(HTMLParser):
     """The DOM as Chromium had it after the scripts ran: text by element id, tags, attributes."""
+
+    VOID = {"meta", "br", "img"}
 
     def __init__(self, text):
         super().__init__()
         self.tags, self.ids, self.texts, self.title = [], [], {}, ""
         self.feed(text)
-
-    VOID = {"meta", "br", "img"}
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -144,19 +148,26 @@ class Page(HTMLParser):
             if name:
                 self.texts[name] = self.texts.get(name, "") + data
 
+    def count(self, *classes):
+        """Number of elements with all of the given classes."""
+        wanted = set(classes)
+        return sum(wanted <= set(a.get("class", "").split()) for _, a in self.tags)
+
 
 def chromium(url, *flags):
-    """The DOM of a page after its scripts ran. Fails on any message in its console: errors, and what its content policy refused."""
+    """The DOM of a page after its scripts ran.
+
+    Fails on any message in its console: errors, and what its content policy refused."""
     assert CHROMIUM, "REQUIRE_OPTIONAL is set, and there is no Chromium; apt-get install chromium"
-    common = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-              "--disable-component-update", "--disable-sync", "--virtual-time-budget=3000", "--enable-logging=stderr"]  # fmt: skip
-    done = subprocess.run(
-        [CHROMIUM, *common, *flags, "--dump-dom", url],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=180,
-    )
+    common = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
+    quiet = "--disable-background-networking --disable-component-update --disable-sync"
+    watch = "--virtual-time-budget=3000 --enable-logging=stderr --dump-dom"
+    with tempfile.TemporaryDirectory() as profile:
+        command = [CHROMIUM, *common.split(), *quiet.split(), *watch.split(), *flags]
+        command += [f"--user-data-dir={profile}", url]
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", timeout=180
+        )
     assert "CONSOLE" not in done.stderr, done.stderr
     assert "<html" in done.stdout, done.stderr
     return done.stdout
@@ -166,16 +177,34 @@ def opened(out, address=""):
     return Page(chromium(f"file://{out}{address}"))
 
 
-def driven(out, script, width=360, address=""):
-    """What a script returns that works on the page as a user does, from a page around it: the report itself is as it was written."""
+FRAME = """<!doctype html><body>
+<iframe src="ADDRESS" width="360" height="800"></iframe><pre id="result"></pre>
+<script>
+onload = () => {
+  const page = document.querySelector("iframe").contentWindow;
+  const $ = (id) => page.document.getElementById(id);
+  const key = (key, shiftKey = false) =>
+    page.document.body.dispatchEvent(
+      new page.KeyboardEvent("keydown", { key, shiftKey, bubbles: true }),
+    );
+  const choose = (id, value) => {
+    $(id).value = value;
+    $(id).dispatchEvent(new page.Event("change"));
+  };
+  const width = () => page.document.documentElement.scrollWidth;
+  document.getElementById("result").textContent = JSON.stringify((() => { SCRIPT })());
+};
+</script>"""
+
+
+def driven(out, script, address):
+    """What a script returns that works on the page as a user does, at a phone's width.
+
+    It runs in a page around the report, which is as it was written."""
     frame = out.with_name("frame.html")
-    frame.write_text(f"""<!doctype html><body><iframe src="{out.name}{address}" width="{width}" height="800"></iframe><pre id="result"></pre><script>
-        onload = () => {{ const page = document.querySelector("iframe").contentWindow, $ = (id) => page.document.getElementById(id);
-          const key = (key, shiftKey = false) => page.document.body.dispatchEvent(new page.KeyboardEvent("keydown", {{ key, shiftKey, bubbles: true }}));
-          document.getElementById("result").textContent = JSON.stringify((() => {{ {script} }})()); }}</script>""")
-    return json.loads(
-        Page(chromium(f"file://{frame}", "--allow-file-access-from-files")).texts["result"]
-    )
+    frame.write_text(FRAME.replace("ADDRESS", out.name + address).replace("SCRIPT", script))
+    dom = chromium(f"file://{frame}", "--allow-file-access-from-files")
+    return json.loads(Page(dom).texts["result"])
 
 
 @pytest.fixture(scope="module")
@@ -183,65 +212,80 @@ def runs(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return {
         "srpo": Run(folder / "srpo", policy, steps=3),
-        "grpo": Run(folder / "grpo", policy, method="grpo", base=8, prefixes=0, suffixes=0),
-        "2x4": Run(folder / "2x4", policy, base=0, prefixes=2),
+        "grpo": Run(folder / "grpo", policy, method="grpo"),
+        "2x4": Run(folder / "2x4", policy, split="2x4"),
         "unmasked": Run(folder / "unmasked", policy, mask_prefix=False),
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- the data
+# ------------------------------------------------------------------------------------ the data
 
 
 @pytest.mark.parametrize("name", ["srpo", "grpo", "2x4", "unmasked"])
 def test_weights_are_those_of_the_loss(runs, tmp_path, name):
     run = runs[name]
     _, data = report(tmp_path / "report.html", run.folder)
-    seen = 0
+    mask_prefix = name != "unmasked"
+    weighted = 0
     for step in data["runs"][0]["steps"]:
         rollouts, generated = run.rollouts[step["step"]]
         assert step["n"] == len(rollouts) == 32
-        for shown in (r for tree in step["trees"] for r in tree["rollouts"]):
-            r = generated[shown["id"]]
-            assert (shown["k"] is None) == (r.group is None) and shown["tokens"] == [
-                b - a for a, b in zip([0, *r.thought_ends], r.thought_ends)
-            ]
-            tokens = (
-                token_weights(r, len(rollouts), mask_prefix=name != "unmasked")
-                if r.group
-                else [0.0] * len(r.token_ids)
-            )
-            sums = [sum(tokens[a:b]) for a, b in zip([0, *r.thought_ends], r.thought_ends)]
-            assert shown["weights"] == pytest.approx(sums, rel=1e-5) and shown[
-                "token_weight"
-            ] == pytest.approx(tokens[-1], rel=1e-5)
-            assert shown["masked"] == (
-                sum(end <= r.prefix_len for end in r.thought_ends) if name != "unmasked" else 0
-            )
-            seen += any(tokens)
-        assert {r["id"] for tree in step["trees"] for r in tree["rollouts"]} == set(
-            range(len(generated))
-        )  # each in one tree
-    assert seen
+        seen = set()
+        for tree in step["trees"]:
+            for shown in tree["rollouts"]:
+                seen.add(shown["id"])
+                weights = check_weights(shown, generated[shown["id"]], 32, mask_prefix)
+                weighted += any(weights)
+        assert seen == set(range(len(generated)))  # each in one tree
+    assert weighted
+
+
+def check_weights(shown, rollout, n_rollouts, mask_prefix):
+    """Compares what the page has of a rollout with the loss's token weights, which it returns."""
+    assert (shown["k"] is None) == (rollout.group is None)
+    weights = [0.0] * len(rollout.token_ids)
+    if rollout.group:
+        weights = token_weights(rollout, n_rollouts, mask_prefix=mask_prefix)
+    spans = list(zip([0, *rollout.thought_ends], rollout.thought_ends))
+    assert shown["tokens"] == [end - start for start, end in spans]
+    sums = [sum(weights[start:end]) for start, end in spans]
+    assert shown["weights"] == pytest.approx(sums, rel=1e-5)
+    assert shown["token_weight"] == pytest.approx(weights[-1], rel=1e-5)
+    in_prefix = sum(end <= rollout.prefix_len for end in rollout.thought_ends)
+    assert shown["masked"] == (in_prefix if mask_prefix else 0)
+    return weights
 
 
 def test_a_problem_that_is_twice_in_a_step_is_two_trees(runs, tmp_path):
     run = runs["2x4"]
     copy = tmp_path / "twice"
     shutil.copytree(run.folder, copy)
-    (copy / "rollouts.jsonl").write_text(
-        "".join(json.dumps(r | {"problem": 0}) + "\n" for r in run.records())
-    )
-    _, data = report(tmp_path / "report.html", copy)
+    write_lines(copy / "rollouts.jsonl", [record | {"problem": 0} for record in run.records()])
+    _, twice = report(tmp_path / "report.html", copy)
     _, once = report(tmp_path / "once.html", run.folder)
-    ids = lambda data: [
-        [r["id"] for r in tree["rollouts"] if r["k"] is not None or r["localization"]]
-        for s in data["runs"][0]["steps"]
-        for tree in s["trees"]
-    ]  # noqa: E731
-    assert ids(data) == ids(once)
+    assert ids_by_tree(twice) == ids_by_tree(once)
 
 
-def test_cut_files_missing_rollouts_and_what_is_no_run(runs, tmp_path, capsys):
+def ids_by_tree(data):
+    """Ids of the rollouts that are trained on or were localized, tree by tree."""
+    ids = []
+    for tree in all_trees(data["runs"][0]):
+        named = [r for r in tree["rollouts"] if r["k"] is not None or r["localization"]]
+        ids.append([r["id"] for r in named])
+    return ids
+
+
+def test_the_page_goes_to_the_first_run(runs, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs["grpo"].folder, copy)
+    measures.main(["report", str(copy), str(runs["srpo"].folder)])
+    assert f"{copy}/report.html: 2 runs" in capsys.readouterr().out
+    assert DATA.search((copy / "report.html").read_text())
+    assert not (runs["srpo"].folder / "report.html").exists()
+
+
+def test_cut_files(runs, tmp_path):
+    """A step without a step line, and half a line, are left out."""
     _, whole = report(tmp_path / "whole.html", runs["srpo"].folder)
     torn = tmp_path / "torn"
     shutil.copytree(runs["srpo"].folder, torn)
@@ -249,20 +293,23 @@ def test_cut_files_missing_rollouts_and_what_is_no_run(runs, tmp_path, capsys):
     with (torn / "rollouts.jsonl").open("a") as file:
         file.write(last + "\n" + last[:100])  # killed while it wrote step 4, which has no step line
     _, cut = report(tmp_path / "cut.html", torn)
-    assert (
-        cut["runs"][0]["steps"] == whole["runs"][0]["steps"] and len(cut["runs"][0]["steps"]) == 3
-    )
-    (torn / "rollouts.jsonl").unlink()
-    capsys.readouterr()
-    _, none = report(tmp_path / "none.html", torn, runs["grpo"].folder)
-    assert (
-        none["runs"][0]["steps"] == []
-        and none["runs"][1]["steps"]
-        and len(none["runs"][0]["evals"]) == 4
-    )
-    assert (
-        "no rollouts were saved" in none["notes"][0] and none["notes"][0] in capsys.readouterr().out
-    )
+    assert cut["runs"][0]["steps"] == whole["runs"][0]["steps"]
+    assert len(cut["runs"][0]["steps"]) == 3
+
+
+def test_missing_rollouts(runs, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(runs["srpo"].folder, bare)
+    (bare / "rollouts.jsonl").unlink()
+    _, data = report(tmp_path / "none.html", bare, runs["grpo"].folder)
+    without, other = data["runs"]
+    assert without["steps"] == [] and other["steps"]
+    assert len(without["evals"]) == 4
+    assert "no rollouts were saved" in data["notes"][0]
+    assert data["notes"][0] in capsys.readouterr().out
+
+
+def test_what_cannot_be_reported(runs, tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         report(tmp_path / "bad.html", tmp_path)
     with pytest.raises(UserError, match="--out"):
@@ -283,152 +330,180 @@ def test_stays_in_its_size_and_says_what_it_leaves_out(runs, tmp_path, capsys, p
     capsys.readouterr()
     text, data = report(tmp_path / "small.html", *folders, megabytes=size / 1e6)
     said = capsys.readouterr().out
-    assert (
-        len(text) <= size
-        and len(data["notes"]) == 2
-        and all(note in said for note in data["notes"])
-    )
+    assert len(text) <= size
+    assert len(data["notes"]) == 2
+    for note in data["notes"]:
+        assert note in said
     for run, all_of_it in zip(data["runs"], whole["runs"]):
-        steps = {s["step"]: s["trees"] for s in all_of_it["steps"]}
-        assert all(tree in steps[s["step"]] for s in run["steps"] for tree in s["trees"])
+        trees_of = {step["step"]: step["trees"] for step in all_of_it["steps"]}
+        for step in run["steps"]:
+            assert all(tree in trees_of[step["step"]] for tree in step["trees"])
         assert bool(run["steps"]) == (part > 0)
         if run["steps"]:
-            assert f"{len(run['steps'])} of {len(steps)} steps" in run["steps_missing"]
+            assert f"{len(run['steps'])} of {len(trees_of)} steps" in run["steps_missing"]
 
 
-# -------------------------------------------------------------------------------------------------------------------- the page
+def test_the_colours_of_advantages_are_those_of_the_pictures():
+    template = Path(measures.__file__).with_name("data") / "report.html"
+    colours = f"--positive: {curves.POSITIVE}; --negative: {curves.NEGATIVE};"
+    assert template.read_text().count(colours) == 1
+
+
+# ------------------------------------------------------------------------------------ the page
 
 
 @in_browser
-def test_draws_the_tree_that_the_address_names(runs, tmp_path):
-    out = tmp_path / "report.html"
-    _, data = report(out, *(run.folder for run in runs.values()))
-    for address, run, step, slot in (
+@pytest.mark.parametrize(
+    "address, run, step, slot",
+    [
         ("#run=1&step=2&problem=3", 0, 2, 2),
         ("#run=2&step=1&problem=1", 1, 1, 0),
         ("#run=3&step=2&problem=4", 2, 2, 3),
-    ):
-        page = opened(out, address)
-        tree = data["runs"][run]["steps"][step - 1]["trees"][slot]
-        text = page.texts["tree"]
-        assert tree["question"] in text and f"Step {step} trains on N = 32 rollouts" in text
-        rows = [r for r in tree["rollouts"] if r["purpose"] != "localization"]
-        for r in rows:
-            assert all(thought in text for thought in r["thoughts"])
-            for weight, tokens in zip(r["weights"][r["from"] - 1 :], r["tokens"][r["from"] - 1 :]):
-                if weight:  # three digits of the weights
-                    words = re.findall(rf"weight (\S+), {tokens} tokens? at", text)
-                    assert any(
-                        float(word.replace("−", "-")) == pytest.approx(weight, rel=0.006)
-                        for word in words
-                    )
-        assert page.texts["tree"].count("no variance") == sum(
-            all(r["advantage"] == 0 for r in rows if r["k"] == k)
-            for k in {r["k"] for r in rows} - {None}
-        )
-        drawn = rows + [
-            next(r for r in rows if r["id"] == i) for i in {r["seed"] for r in rows} - {None}
-        ]  # a seed is drawn above its fork, too
-        for sign, kind in ((1, "pos"), (-1, "neg")):
-            colored = sum({"cell", kind} <= set(a.get("class", "").split()) for _, a in page.tags)
-            assert colored == 2 * any(r["advantage"] for r in rows) + sum(
-                len(r["thoughts"]) for r in drawn if sign * r["token_weight"] > 0
-            )  # 2: the scale
-        resets = {r["k"] for r in rows if r["k"]}
-        assert [f"Reset {k}" in text for k in (1, 2)] == [k in resets for k in (1, 2)]
-        assert (sum("branch" in a.get("class", "") for _, a in page.tags)) == sum(
-            r["k"] is not None and r["k"] > 0 for r in rows
-        )
-        assert sum(tag == "path" for tag, _ in page.tags) > 8  # the charts
+    ],
+)
+def test_draws_the_tree_that_the_address_names(runs, tmp_path, address, run, step, slot):
+    out = tmp_path / "report.html"
+    _, data = report(out, *(one.folder for one in runs.values()))
+    page = opened(out, address)
+    tree = data["runs"][run]["steps"][step - 1]["trees"][slot]
+    text = page.texts["tree"]
+    assert tree["question"] in text
+    assert f"Step {step} trains on N = 32 rollouts" in text
+    rows = [r for r in tree["rollouts"] if r["purpose"] != "localization"]
+    for r in rows:
+        check_texts(r, text)
+    check_groups(rows, text)
+    check_colours(rows, page)
+    suffixes = [r for r in rows if r["k"]]
+    assert page.count("branch") == len(suffixes)
+    assert sum(tag == "path" for tag, _ in page.tags) > 8  # the charts
+
+
+def check_texts(r, text):
+    """The thoughts of a rollout are in the page, with three digits of their weights."""
+    for thought in r["thoughts"]:
+        assert thought in text
+    first = r["from"] - 1
+    for weight, tokens in zip(r["weights"][first:], r["tokens"][first:]):
+        if weight:
+            words = re.findall(rf"weight (\S+), {tokens} tokens? at", text)
+            numbers = [float(word.replace("−", "-")) for word in words]
+            assert any(number == pytest.approx(weight, rel=0.006) for number in numbers)
+
+
+def check_groups(rows, text):
+    """Every reset has a title, and every group without variance says so."""
+    groups = {}
+    for r in rows:
+        if r["k"] is not None:
+            groups.setdefault(r["k"], []).append(r["advantage"])
+    flat = [k for k, advantages in groups.items() if not any(advantages)]
+    assert text.count("no variance") == len(flat)
+    for k in (1, 2):
+        assert (f"Reset {k}" in text) == (k in groups)
+
+
+def check_colours(rows, page):
+    """A cell has a colour where its thought has a weight."""
+    by_id = {r["id"]: r for r in rows}
+    seeds = {r["seed"] for r in rows} - {None}
+    drawn = rows + [by_id[seed] for seed in seeds]  # a seed is drawn above its fork, too
+    in_scale = 2 if any(r["advantage"] for r in rows) else 0
+    for sign, kind in ((1, "pos"), (-1, "neg")):
+        coloured = [r for r in drawn if sign * r["token_weight"] > 0]
+        cells = sum(len(r["thoughts"]) for r in coloured)
+        assert page.count("cell", kind) == in_scale + cells
+
+
+USER = """
+  const seen = [];
+  const look = () => {
+    const resets = $("tree").textContent.includes("Reset 1");
+    seen.push({ hash: page.location.hash, resets });
+  };
+  look();
+  $("problem-on").click(); look();
+  key("ArrowRight"); look();
+  key("ArrowRight"); key("ArrowRight"); key("ArrowRight"); look();
+  key("ArrowLeft"); key("ArrowRight", true); look();
+  $("step-back").click(); look();
+  choose("run", 1); look();
+  $("signal").click();
+  const signal = $("tree").querySelectorAll(".cell.pos").length;
+  choose("problem", 1); look();
+  return { seen, signal, run: $("run-metrics").value, width: width() };
+"""
 
 
 @in_browser
 def test_buttons_keys_and_selects_change_the_tree_and_the_page_fits_a_phone(runs, tmp_path):
     out = tmp_path / "report.html"
     report(out, runs["srpo"].folder, runs["grpo"].folder)
-    states = driven(out, """
-        const seen = [], look = () => seen.push(page.location.hash + " " + $("tree").textContent.includes("Reset 1") + " " + $("metrics").children.length);
-        look();
-        $("problem-on").click(); look();
-        key("ArrowRight"); look(); key("ArrowRight"); key("ArrowRight"); key("ArrowRight"); look();
-        key("ArrowLeft"); key("ArrowRight", true); look();
-        $("step-back").click(); look();
-        $("run").value = 1; $("run").dispatchEvent(new page.Event("change")); look();
-        $("signal").click();
-        const signal = $("tree").querySelectorAll(".cell.pos").length;
-        $("problem").value = 1; $("problem").dispatchEvent(new page.Event("change")); look();
-        return { seen, signal, run: $("run-metrics").value, width: page.document.documentElement.scrollWidth };
-    """, address="#run=1&step=2&problem=1")  # fmt: skip
-    hashes = [seen.split()[0] for seen in states["seen"]]
-    assert hashes[:6] == [
-        f"#run=1&step={step}&problem={problem}"
-        for step, problem in ((2, 1), (2, 2), (2, 3), (2, 4), (3, 3), (2, 3))
-    ]
-    assert (
-        hashes[6].startswith("#run=2&step=2&")
-        and hashes[7].startswith("#run=2&step=")
-        and hashes[7].endswith("&problem=2")
-    )
-    assert states["signal"] > 0 and states["run"] == "1" and states["width"] <= 360
-    assert [seen.split()[1] for seen in states["seen"][-2:]] == [
-        "false",
-        "false",
-    ]  # grpo has no resets
+    state = driven(out, USER, "#run=1&step=2&problem=1")
+    hashes = [seen["hash"] for seen in state["seen"]]
+    places = [(2, 1), (2, 2), (2, 3), (2, 4), (3, 3), (2, 3)]
+    assert hashes[:6] == [f"#run=1&step={step}&problem={problem}" for step, problem in places]
+    assert hashes[6].startswith("#run=2&step=2&")
+    assert hashes[7].startswith("#run=2&step=") and hashes[7].endswith("&problem=2")
+    assert state["signal"] > 0 and state["run"] == "1" and state["width"] <= 360
+    assert [seen["resets"] for seen in state["seen"][6:]] == [False, False]  # grpo has none
+
+
+@pytest.fixture
+def hostile(runs, tmp_path):
+    """A copy of a run in which everything that a model or a data set writes is an attack."""
+    folder = tmp_path / "<_script><img src=x>"
+    shutil.copytree(runs["srpo"].folder, folder)
+    records = runs["srpo"].records()
+    for i, record in enumerate(records):
+        n = len(record["thoughts"])
+        record["thoughts"] = [HOSTILE[(i + h) % len(HOSTILE)] for h in range(n)]
+        record |= {"question": " ".join(HOSTILE), "answer": HOSTILE[1], "finish": HOSTILE[1]}
+        record["localized"] = record["localized"] and HOSTILE[0]
+    records[0]["thoughts"][0] = "x" * 1999 + "\U0001f600" + "<b>" * 33_000 + "the end"
+    write_lines(folder / "rollouts.jsonl", records)
+    lines = read_lines(folder / "metrics.jsonl")
+    lines[1]["counters"] = {HOSTILE[1]: 3, "__proto__": 1}
+    lines[1] |= {"finish": {"</script>": 1}, "entropy": float("nan")}
+    write_lines(folder / "metrics.jsonl", lines)
+    return folder
+
+
+UNFOLD = """
+  const before = $("tree").textContent.length;
+  page.document.querySelector(".text button").click();
+  const after = $("tree").textContent.length;
+  const ends = $("tree").textContent.includes("the end");
+  return { title: page.document.title, before, after, ends, width: width() };
+"""
 
 
 @in_browser
-def test_what_a_model_writes_is_text(runs, tmp_path):
-    run = tmp_path / "</script><img src=x>".replace("/", "_")
-    shutil.copytree(runs["srpo"].folder, run)
-    records = runs["srpo"].records()
-    for i, r in enumerate(records):
-        r["thoughts"] = [f"{HOSTILE[(i + h) % len(HOSTILE)]}" for h in range(len(r["thoughts"]))]
-        r |= {"question": " ".join(HOSTILE), "answer": HOSTILE[1], "finish": HOSTILE[1]}
-        r["localized"] = r["localized"] and HOSTILE[0]
-    records[0]["thoughts"][0] = "x" * 1999 + "\U0001f600" + "<b>" * 33_000 + "the end"
-    (run / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[1] |= {
-        "counters": {HOSTILE[1]: 3, "__proto__": 1},
-        "finish": {"</script>": 1},
-        "entropy": float("nan"),
-    }
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_what_a_model_writes_is_text(runs, hostile, tmp_path):
     out = tmp_path / "report.html"
-    text, _ = report(out, run)
+    text, _ = report(out, hostile)
     assert re.search(
-        r"default-src 'none'; style-src 'sha256-[^']+'; script-src 'sha256-[^']+'; base-uri 'none'; form-action 'none'\"",
+        r"default-src 'none'; style-src 'sha256-[^']+'; script-src 'sha256-[^']+'; "
+        r"base-uri 'none'; form-action 'none'\"",
         text,
     )
     assert text.count("</script>") == 2 and text.count("<script") == 2 and "<img" not in text
-    page = opened(out, "#run=1&step=1&problem=1")
-    assert page.title == "SRPO report: srpo 1x4, seed 0"
+    first = "#run=1&step=1&problem=1"
+    page = opened(out, first)
+    assert page.title == f"SRPO report: {name_of(read_run(hostile))}, seed 0"
     made = [tag for tag, _ in page.tags]
-    assert (
-        "img" not in made
-        and made.count("script") == 2
-        and made.count("b") < 100
-        and not [a for _, a in page.tags for name in a if name.startswith("on")]
-    )
-    shown = page.texts["tree"]
-    for text in (
-        HOSTILE[:3]
-        + HOSTILE[6:]
-        + [
-            "half U+D800 pair U+DC00",
-            "back U+202E drawrof U+2066 isolated",
-            "U+001B[31mredU+001B[0m U+0000 U+009B",
-        ]
-    ):
-        assert text in shown, text
-    assert "show all (101,008 characters)" in shown and "the end" not in shown
+    assert "img" not in made and made.count("script") == 2 and made.count("b") < 100
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+    for expected in SHOWN:
+        assert expected in page.texts["tree"], expected
+    assert "show all (101,008 characters)" in page.texts["tree"]
+    assert "the end" not in page.texts["tree"]
     assert HOSTILE[1] in page.texts["metrics"]
-    whole = driven(out, """
-        const before = $("tree").textContent.length;
-        [...page.document.querySelectorAll(".text button")][0].click();
-        return [page.document.title, before, $("tree").textContent.length, $("tree").textContent.includes("the end"), page.document.documentElement.scrollWidth];
-    """, address="#run=1&step=1&problem=1")  # fmt: skip
-    assert whole[0] == page.title and whole[2] > whole[1] + 90_000 and whole[3] and whole[4] <= 360
+    unfolded = driven(out, UNFOLD, first)
+    assert unfolded["title"] == page.title
+    assert unfolded["after"] > unfolded["before"] + 90_000
+    assert unfolded["ends"] and unfolded["width"] <= 360
 
 
 @in_browser
@@ -438,9 +513,7 @@ def test_runs_without_rollouts_have_curves(runs, tmp_path):
     out = tmp_path / "report.html"
     report(out, bare)
     page = opened(out)
-    assert (
-        "no rollouts were saved" in page.texts["notes"]
-        and "0.550" in page.texts["table"]
-        and "Pass rate in training" in page.texts["metrics"]
-    )
+    assert "no rollouts were saved" in page.texts["notes"]
+    assert "0.550" in page.texts["table"]
+    assert "Pass rate in training" in page.texts["metrics"]
     assert page.texts["tree"] == "No trees to show."

@@ -12,22 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import Enumerable, Letters
+from data.driver import run_programs
 from data.english import draw
 from data.faults import counters
+from data.thoughts import ThoughtTracker, Vocabulary
 from data.verifiers import DELIMITER
 from localize import by_random, by_verifier
 from loss import chosen_logps, collate
-from rollout import (
-    Engine,
-    HFEngine,
-    Request,
-    Rollout,
-    ThoughtTracker,
-    Vocabulary,
-    grpo,
-    resets,
-    run_programs,
-)
+from rollout import Engine, HFEngine, Request, Rollout, grpo, resets
 
 
 def track(

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srpo
 from conftest import POLICY, ROOT
-from rollout import Rollout, run_programs
+from data.driver import run_programs
+from rollout import Rollout
 
 TINY = "--engine hf --steps 2 --prompts_per_step 6 --train_data chain-5 --eval_data chain-5 --eval_problems 8 --eval_samples 1 --save_every 1 --rollouts_every 1".split()
 

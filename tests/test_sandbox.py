@@ -1,4 +1,7 @@
-"""The sandbox: right programs pass, and hostile ones neither do harm nor earn a reward. Every attack checks that it was stopped, not only that it failed."""
+"""The sandbox: right programs pass; hostile ones neither do harm nor earn a reward.
+
+Every attack checks that it was stopped, not only that it failed.
+"""
 
 import glob
 import os
@@ -19,12 +22,33 @@ CALL = {"call": "f", "cases": [[[2], 4], [[5], 10], [[[1]], [1, 1]]]}
 CHECK = {
     "call": "f",
     "setup": "def f(x):\n    pass\n",
-    "check": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(5) == 10\n",
+    "check": """
+def check(candidate):
+    assert candidate(2) == 4
+    assert candidate(5) == 10
+""",
 }
 
 
 def test_this_machine_isolates():
     assert "Landlock, seccomp" in isolation()
+
+
+MANY_IMPORTS_AND_A_THREAD = """
+import threading, math, collections, heapq, re, itertools, functools, typing, random, string, bisect
+threading.stack_size(1 << 26)
+t = threading.Thread(target=lambda: print(2 * int(input())))
+t.start(); t.join()
+"""
+NUMPY = """
+import numpy as np
+print(int(np.array([1, 1]) @ np.array([1, 1])) * int(input()))
+"""
+METHOD = """
+class Solution:
+    def f(self, x):
+        print('noise'); return x * 2
+"""
 
 
 @pytest.mark.parametrize(
@@ -35,32 +59,33 @@ def test_this_machine_isolates():
         ("print(4)", DOUBLE, 0.25),
         ("print(2 * int(input())); raise SystemExit(3)", DOUBLE, 0),
         ("print(2 * int(input()) or 1)", DOUBLE, 0.75),
-        ("import threading, math, collections, heapq, re, itertools, functools, typing, random, string, bisect\n"
-         "threading.stack_size(1 << 26)\nt = threading.Thread(target=lambda: print(2 * int(input())))\nt.start(); t.join()", DOUBLE, 1),
-        ("import numpy as np\nprint(int(np.array([1, 1]) @ np.array([1, 1])) * int(input()))", DOUBLE, 1),
+        (MANY_IMPORTS_AND_A_THREAD, DOUBLE, 1),
+        (NUMPY, DOUBLE, 1),
         ("def f(x): return x * 2", CALL, 1),
-        ("class Solution:\n    def f(self, x):\n        print('noise'); return x * 2", CALL, 1),
+        (METHOD, CALL, 1),
         ("def f(x): return x + 2", CALL, 1 / 3),
         ("def f(x): return (1, 1) if x == [1] else 2 * x", CALL, 1),
         ("def g(x): return x * 2", CALL, 0),
         ("def f(x): return x * 2", CHECK, 1),
         ("def f(x): return 4", CHECK, 0),
-        ("def f(x", DOUBLE, 0), ("def f(x", CALL, 0), ("def f(x", CHECK, 0), ("", DOUBLE, 0), ("\ud800\x00", DOUBLE, 0),
+        ("def f(x", DOUBLE, 0),
+        ("def f(x", CALL, 0),
+        ("def f(x", CHECK, 0),
+        ("", DOUBLE, 0),
+        ("\ud800\x00", DOUBLE, 0),
     ],
-)  # fmt: skip
+)
 def test_programs(program, tests, share):
     assert share_passed(program, tests, seconds=5) == pytest.approx(share)
 
 
 def test_a_program_has_limited_time_for_all_its_tests(monkeypatch):
-    """What does not come to its turn is failed; what passed before counts."""
+    """Tests that do not get a turn fail; those that passed before count."""
     monkeypatch.setattr(sandbox, "PROGRAM_SECONDS", 3.0)
-    start = time.monotonic()
     slow = "n = int(input())\nwhile n: pass\nprint(0)"
-    assert (
-        share_passed(slow, {"stdin": [["0", "0"]] + [["1", "0"]] * 50 + [["0", "0"]]}, seconds=1)
-        == 1 / 52
-    )
+    cases = [["0", "0"]] + [["1", "0"]] * 50 + [["0", "0"]]
+    start = time.monotonic()
+    assert share_passed(slow, {"stdin": cases}, seconds=1) == 1 / 52
     assert time.monotonic() - start < 20
 
 
@@ -69,186 +94,201 @@ def test_large_arguments_and_results():
     numbers = list(range(100_000))
     assert call_function("def f(x): return x[::-1]", "f", [numbers]) == numbers[::-1]
     assert run_script("print(input()[::-1])", "ab" * 200_000)[1] == "ba" * 200_000 + "\n"
+    endless = "while True: pass"
     start = time.monotonic()
-    assert (
-        share_passed("while True: pass", {"call": "f", "cases": [[[numbers], 1]]}, seconds=1) == 0
-    )
-    assert share_passed("while True: pass", {"stdin": [["1" * 400_000, "1"]]}, seconds=1) == 0
+    assert share_passed(endless, {"call": "f", "cases": [[[numbers], 1]]}, seconds=1) == 0
+    assert share_passed(endless, {"stdin": [["1" * 400_000, "1"]]}, seconds=1) == 0
     assert time.monotonic() - start < 20
 
 
-def test_numbers_and_blanks():
-    same = lambda a, b: sandbox.same_output((0, a), b)  # noqa: E731
-    assert same("0.30000000000000004\n", "0.3") and same("1 2 \n3\n\n", "1 2\n3") and same("", "\n")
-    assert (
-        not same("0.31", "0.3")
-        and not same("12", "1 2")
-        and not same("1\n2", "1 2")
-        and not same("nan", "0.5")
-        and not same("1.0", "1")
-    )
+@pytest.mark.parametrize(
+    "printed, expected, same",
+    [
+        ("0.30000000000000004\n", "0.3", True),
+        ("1 2 \n3\n\n", "1 2\n3", True),
+        ("", "\n", True),
+        ("0.31", "0.3", False),
+        ("12", "1 2", False),
+        ("1\n2", "1 2", False),
+        ("nan", "0.5", False),
+        ("1.0", "1", False),
+    ],
+)
+def test_numbers_and_blanks(printed, expected, same):
+    assert sandbox.same_output(printed, expected) is same
 
 
-# ------------------------------------------------------------------------------------------------------------------ attacks
+# ---------------------------------------------------------------------------------------- attacks
 
 
-def said(program, seconds=3.0, **more):
+def run(program, seconds=3.0):
+    """Runs an attack: (exit status, what it printed). It must end in time."""
     start = time.monotonic()
-    status, output = run_script(program, "", seconds, **more)
+    status, printed = run_script(program, "", seconds)
     assert time.monotonic() - start < seconds + 5
-    return status, output
+    return status, printed.strip()
 
 
 def attempt(code):
-    """A program that says what the attack met."""
-    return (
-        "try:\n"
-        + "".join(f"    {line}\n" for line in code.splitlines())
-        + "    print('done')\nexcept BaseException as fault:\n    print(type(fault).__name__)\n"
-    )
+    """Writes a program that prints "done", or the name of the exception that stopped it."""
+    lines = ["try:"]
+    lines += [f"    {line}" for line in code.splitlines()]
+    lines += [
+        "    print('done')",
+        "except BaseException as fault:",
+        "    print(type(fault).__name__)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def outcome(code):
+    """Runs an attempt; returns what it printed."""
+    return run(attempt(code))[1]
+
+
+IGNORE_SIGNALS = """
+import signal
+for s in range(1, 32):
+    try: signal.signal(s, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+while True: pass
+"""
 
 
 def test_infinite_loops_end():
-    assert said("while True: pass", 1)[0] not in (0,)
-    assert said("import time\ntime.sleep(60)", 1)[0] is None  # no CPU time: the wall clock
-    assert (
-        said(
-            "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
-            1,
-        )[0]
-        != 0
-    )
+    assert run("while True: pass", 1)[0] != 0
+    assert run("import time\ntime.sleep(60)", 1)[0] is None  # no CPU time: the wall clock
+    assert run(IGNORE_SIGNALS, 1)[0] != 0
 
 
 @pytest.mark.parametrize(
-    "fork", ["import os\nos.fork()", "import ctypes\nassert ctypes.CDLL(None).fork() >= 0", "import subprocess\nsubprocess.run(['ls'])", "import os\nos.execv('/bin/ls', ['ls'])",
-             "import os\nos.posix_spawn('/bin/ls', ['ls'], {})", "import multiprocessing as m\nm.get_context('fork').Process(target=print).start()"])  # fmt: skip
+    "fork",
+    [
+        "import os\nos.fork()",
+        "import ctypes\nassert ctypes.CDLL(None).fork() >= 0",
+        "import subprocess\nsubprocess.run(['ls'])",
+        "import os\nos.execv('/bin/ls', ['ls'])",
+        "import os\nos.posix_spawn('/bin/ls', ['ls'], {})",
+        "import multiprocessing as m\nm.get_context('fork').Process(target=print).start()",
+    ],
+)
 def test_no_new_processes(fork):
-    status, output = said(attempt(fork))
-    assert status == 0 and output.strip() in (
-        "PermissionError",
-        "BlockingIOError",
-        "AssertionError",
-    )
+    status, printed = run(attempt(fork))
+    assert status == 0
+    assert printed in ("PermissionError", "BlockingIOError", "AssertionError")
 
 
-def test_a_fork_bomb_leaves_nothing():
-    said("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", 1)
-    said(
-        "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError: pass",
-        1,
-    )
-    assert not [p for p in glob.glob("/proc/[0-9]*/cmdline") if b"data/sandbox.py" in read(p)]
+FORK_BOMB = """
+import os
+while True:
+    try: os.fork()
+    except OSError: pass
+"""
+THREAD_BOMB = """
+import threading, time
+while True:
+    try: threading.Thread(target=time.sleep, args=(99,)).start()
+    except RuntimeError: pass
+"""
 
 
-def read(path):
+def command_line(path):
+    """Of a process in /proc; empty if it has just ended."""
     try:
         return Path(path).read_bytes()
     except OSError:
         return b""
 
 
+def test_a_fork_bomb_leaves_nothing():
+    run(FORK_BOMB, 1)
+    run(THREAD_BOMB, 1)
+    commands = [command_line(path) for path in glob.glob("/proc/[0-9]*/cmdline")]
+    assert not [command for command in commands if b"data/sandbox.py" in command]
+
+
 def test_memory_and_output_are_bounded():
-    assert said(attempt("x = bytearray(4 << 30)"))[1].strip() == "MemoryError"
-    assert said("x = []\nwhile True: x.append(bytes(1 << 24))")[0] != 0
-    status, output = said("import sys\nwhile True: sys.stdout.write('x' * 65536)")
-    assert status != 0 and len(output) <= sandbox.OUTPUT
-    assert (
-        "OSError" in said("f = open('big', 'wb')\nf.write(b'x' * (2 << 20))")[1]
-        or said("f = open('big', 'wb', 0)\nf.write(b'x' * (2 << 20))\nf.write(b'x')")[0] != 0
-    )
+    assert outcome("x = bytearray(4 << 30)") == "MemoryError"
+    assert run("x = []\nwhile True: x.append(bytes(1 << 24))")[0] != 0
+    status, printed = run("import sys\nwhile True: sys.stdout.write('x' * 65536)")
+    assert status != 0
+    assert len(printed) <= sandbox.OUTPUT
+    buffered = "f = open('big', 'wb')\nf.write(b'x' * (2 << 20))"
+    unbuffered = "f = open('big', 'wb', 0)\nf.write(b'x' * (2 << 20))\nf.write(b'x')"
+    assert "OSError" in run(buffered)[1] or run(unbuffered)[0] != 0
 
 
 def test_the_environment_is_empty(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    status, output = said(
-        "import os\nprint(dict(os.environ))\n"
-        + attempt("print(open(f'/proc/{os.getppid()}/environ').read())")
-    )
-    assert status == 0 and "hunter2" not in output and "PermissionError" in output
+    own = "import os\nprint(dict(os.environ))\n"
+    parents = attempt("print(open(f'/proc/{os.getppid()}/environ').read())")
+    status, printed = run(own + parents)
+    assert status == 0
+    assert "hunter2" not in printed
+    assert "PermissionError" in printed
 
 
-def test_no_file_outside(tmp_path):
-    before = set(glob.glob(tempfile.gettempdir() + "/program-*"))
+def test_no_file_outside_is_read(tmp_path):
     (tmp_path / "data.jsonl").write_text("the expected answers")
-    for path in (
-        tmp_path / "data.jsonl",
-        ROOT / "README.md",
-        "/etc/passwd",
-        "/proc/1/cmdline",
-        "/root",
-        "/tmp",
-    ):
-        look = (
-            f"import os\nprint(os.listdir({str(path)!r}))"
-            if Path(path).is_dir()
-            else f"print(open({str(path)!r}).read())"
-        )
-        assert said(attempt(look))[1].strip() == "PermissionError", path
-    for write in (f"open({str(tmp_path / 'new')!r}, 'w')", f"open({str(tmp_path / 'data.jsonl')!r}, 'a')", "open('/tmp/new', 'w')", "open('../new', 'w')",
-                  f"import os\nos.remove({str(tmp_path / 'data.jsonl')!r})", f"import os\nos.mkdir({str(tmp_path / 'd')!r})",
-                  "import os\nos.symlink('/etc', 'link'); os.listdir('link')", "import os\nos.rename('/usr/bin/env', 'env')"):  # fmt: skip
-        assert said(attempt(write))[1].strip() in (
-            "PermissionError",
-            "OSError",
-            "FileNotFoundError",
-        ), write
-    assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"] and (
-        tmp_path / "data.jsonl"
-    ).read_text() == "the expected answers"
-    assert said(attempt("open('mine', 'w').write('x'); print(open('mine').read())"))[1].split() == [
-        "x",
-        "done",
+    for path in (tmp_path / "data.jsonl", ROOT / "README.md", "/etc/passwd", "/proc/1/cmdline"):
+        assert outcome(f"print(open({str(path)!r}).read())") == "PermissionError", path
+    for path in ("/root", "/tmp"):
+        assert outcome(f"import os\nprint(os.listdir({path!r}))") == "PermissionError", path
+
+
+def test_no_file_outside_is_written(tmp_path):
+    before = set(glob.glob(tempfile.gettempdir() + "/program-*"))
+    data = tmp_path / "data.jsonl"
+    data.write_text("the expected answers")
+    attacks = [
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"open({str(data)!r}, 'a')",
+        "open('/tmp/new', 'w')",
+        "open('../new', 'w')",
+        f"import os\nos.remove({str(data)!r})",
+        f"import os\nos.mkdir({str(tmp_path / 'd')!r})",
+        "import os\nos.symlink('/etc', 'link'); os.listdir('link')",
+        "import os\nos.rename('/usr/bin/env', 'env')",
     ]
+    for attack in attacks:
+        stopped = ("PermissionError", "OSError", "FileNotFoundError")
+        assert outcome(attack) in stopped, attack
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    assert data.read_text() == "the expected answers"
+    own_file = "open('mine', 'w').write('x'); print(open('mine').read())"
+    assert outcome(own_file).split() == ["x", "done"]
     assert set(glob.glob(tempfile.gettempdir() + "/program-*")) <= before
 
 
 @pytest.mark.parametrize("kind", ["AF_INET", "AF_INET6", "AF_UNIX"])
 def test_no_sockets(kind):
-    assert (
-        said(attempt(f"import socket\nsocket.socket(socket.{kind})"))[1].strip()
-        == "PermissionError"
-    )
+    assert outcome(f"import socket\nsocket.socket(socket.{kind})") == "PermissionError"
 
 
 def test_the_parent_lives():
     for target in ("os.getppid()", "-1", "0", "1", str(os.getpid())):
-        assert said(attempt(f"import os\nos.kill({target}, 9)"))[1].strip() == "PermissionError"
-    assert (
-        said(attempt("import os\nos.killpg(os.getpgid(os.getppid()), 9)"))[1].strip()
-        == "PermissionError"
-    )
-    assert (
-        said(
-            attempt(
-                "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0"
-            )
-        )[1].strip()
-        == "AssertionError"
-    )
-    assert (
-        said(attempt("import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)"))[1].strip()
-        == "PermissionError"
-    )
-    assert (
-        said(
-            attempt(
-                "import resource, os\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (3, 3))"
-            )
-        )[1].strip()
-        == "PermissionError"
-    )
+        assert outcome(f"import os\nos.kill({target}, 9)") == "PermissionError"
+    kill_group = "import os\nos.killpg(os.getpgid(os.getppid()), 9)"
+    assert outcome(kill_group) == "PermissionError"
+    trace = "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0"
+    assert outcome(trace) == "AssertionError"
+    slow_down = "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)"
+    assert outcome(slow_down) == "PermissionError"
+    limit = "import resource as r, os\nr.prlimit(os.getppid(), r.RLIMIT_NOFILE, (3, 3))"
+    assert outcome(limit) == "PermissionError"
 
 
 @pytest.mark.parametrize(
     "early", ["raise SystemExit(0)", "import os\nos._exit(0)", "import sys\nsys.exit()"]
 )
 def test_ending_early_earns_nothing(early):
+    indented = early.replace("\n", "\n    ")
     for tests in (DOUBLE, CALL, CHECK):
         assert share_passed(early, tests) == 0
-        assert share_passed("def f(x):\n    " + early.replace("\n", "\n    "), tests) == 0
+        assert share_passed(f"def f(x):\n    {indented}", tests) == 0
 
 
+EXPECTED = 8315313370291
 HUNT = """
 import gc, sys, os
 def look():
@@ -264,34 +304,71 @@ def look():
     return any("".join(["83153", "13370291"]) in f for f in found)
 def f(x): return look()
 """
+HUNT_CHECK = f"""
+def check(candidate):
+    expected = {EXPECTED}
+    assert candidate(2) is False
+    assert expected == {EXPECTED}
+"""
 
 
 def test_expected_results_are_nowhere_in_the_process():
-    """The program searches its frames, all objects and all open files for the number that the tests expect."""
+    """A program searches frames, objects and open files for the number that the tests expect."""
     assert call_function(HUNT, "f", [2]) is False
-    assert call_function(HUNT, "f", [8315313370291]) is True  # the hunt finds what is there
-    assert share_passed(HUNT, {"call": "f", "cases": [[[2], 8315313370291], [[3], False]]}) == 0.5
-    check = "def check(candidate):\n    expected = 8315313370291\n    assert candidate(2) is False\n    assert expected == 8315313370291"
-    assert passes_asserts(HUNT, "f", "", check)
+    assert call_function(HUNT, "f", [EXPECTED]) is True  # the hunt finds what is there
+    assert share_passed(HUNT, {"call": "f", "cases": [[[2], EXPECTED], [[3], False]]}) == 0.5
+    assert passes_asserts(HUNT, "f", "", HUNT_CHECK)
+
+
+EQUAL_TO_ALL = """
+class Yes:
+    def __eq__(self, other): return True
+    def __repr__(self): return '4'
+def f(x): return Yes()
+"""  # comes back as 4, which is right on one case only
+BROKEN_MODULES = """
+import builtins
+builtins.print = lambda *a: None
+import sys
+sys.modules['ast'] = None
+def f(x): return 3
+"""
+DEEP_LIST = """
+x = []
+for i in range(100000): x = [x]
+def f(_): return x
+"""
+WRITES_TO_STDOUT = """
+import os
+os.write(1, b'4\\n10\\n'); os.close(1)
+def f(x): return None
+"""
+WRITES_TO_ALL_FILES = """
+import os
+for fd in range(3, 20):
+    try: os.write(fd, b'4\\n' * 9)
+    except OSError: pass
+def f(x): return None
+"""
 
 
 @pytest.mark.parametrize(
     "program",
     [
-        "class Yes:\n    def __eq__(self, other): return True\n    def __repr__(self): return '4'\ndef f(x): return Yes()",  # is 4 only where 4 is right
+        EQUAL_TO_ALL,
         "def f(x): return type('T', (int,), {'__eq__': lambda a, b: True})(1)",
         "def f(x): return {}.__class__",
         "def f(x): raise AssertionError",
-        "import builtins\nbuiltins.print = lambda *a: None\nimport sys\nsys.modules['ast'] = None\ndef f(x): return 3",
+        BROKEN_MODULES,
         "def f(x):\n    while True: print('x' * 1000)",
         "def f(x): return '(' * 100000",
-        "x = []\nfor i in range(100000): x = [x]\ndef f(_): return x",
-        "import os\nos.write(1, b'4\\n10\\n'); os.close(1)\ndef f(x): return None",
-        "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'4\\n' * 9)\n    except OSError: pass\ndef f(x): return None",
+        DEEP_LIST,
+        WRITES_TO_STDOUT,
+        WRITES_TO_ALL_FILES,
     ],
 )
 def test_forged_results(program):
-    """Whatever a program hands back is read as a literal and compared outside: it can be right on the case that it guesses, never on all."""
+    """Results come back as literals and are compared outside: a guess is right once, not always."""
     assert share_passed(program, CALL, seconds=3) < 1
     assert share_passed(program, CHECK, seconds=3) == 0
 
@@ -303,7 +380,7 @@ def test_a_machine_without_landlock_runs_nothing(monkeypatch):
 
 
 def test_it_says_what_it_is():
-    done = subprocess.run(
-        [sys.executable, "-m", "data.sandbox"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0 and "sandbox: Landlock, seccomp" in done.stdout
+    command = [sys.executable, "-m", "data.sandbox"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "sandbox: Landlock, seccomp" in done.stdout

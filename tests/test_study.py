@@ -9,8 +9,9 @@ from test_eval import make_run
 
 import loss
 from data import curves, runs
+from data.driver import run_programs
 from data.faults import UserError
-from rollout import grpo, run_programs
+from rollout import grpo
 from srpo import parse
 
 
@@ -66,7 +67,7 @@ def test_claims(tmp_path):
         }
         for name, members in named.items():
             folder = make_run(tmp_path / f"{name}-{seed}", seed, rates[name])
-            members.append(study.load_run(folder))
+            members.append(runs.read_run(folder))
     outcomes = {}
     for name, members in named.items():
         outcomes[name] = [study.outcome(run, 0.5) for run in members]
@@ -94,7 +95,7 @@ def test_claims(tmp_path):
 
 
 def test_costs_are_summed_over_phases(tmp_path):
-    run = study.load_run(make_run(tmp_path / "r", 0, (0.0, 0.1)))
+    run = runs.read_run(make_run(tmp_path / "r", 0, (0.0, 0.1)))
     table = curves.cost_table({"srpo 1x4": [run]})
     assert "| per step | seconds | base | train |" in table
     assert "| srpo 1x4 | 4.00 | 1.00 | 3.00 |" in table
@@ -125,7 +126,7 @@ def test_study_trains_goes_on_and_concludes(tmp_path, capsys):
     for picture in ("study.png", "ablations.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     for name, method in (("grpo-0", "grpo"), ("srpo-1x4-0", "srpo")):
-        config, _ = runs.read_run(tmp_path / name)
+        config = runs.read_run(tmp_path / name).config
         assert config["method"] == method and config["lr"] == 0.001
         assert config["steps"] == 2 and config["max_thoughts"] == 3
     with pytest.raises(UserError, match="other settings"):

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import theory
 import torch
-from conftest import settings
-from theory import LENGTH, Chain, J, K, Method, N, Split, measure, policy_advantage, step_size
 
+import theory
+from conftest import settings
 from loss import set_advantages, token_weights
 from rollout import Rollout, grpo, resets
+from theory import LENGTH, Chain, J, K, Method, N, Split, measure, policy_advantage, step_size
 
 # ---------------------------------------------------------------------------------- lesson 1
 
@@ -34,16 +34,6 @@ def test_policy_advantage_is_the_slope_of_improvement():
 
 
 def test_exact_exponents():
-<<<<<<< HEAD
-    rr, caro = ([policy_advantage(p, oracle) for p in theory.RATES] for oracle in (False, True))
-    gains = [
-        [J(p, step_size(mean), oracle) - J(p, 0.0) for p, (mean, _) in zip(theory.RATES, found)]
-        for oracle, found in ((False, rr), (True, caro))
-    ]
-    samples = [[variance / mean**2 for mean, variance in found] for found in (rr, caro)]
-    assert theory.slope(np.divide(*gains[::-1])) == pytest.approx(-1, abs=0.02)
-    assert theory.slope(np.divide(*samples)) == pytest.approx(-2, abs=0.02)
-=======
     gains = {False: [], True: []}  # by oracle, for every p
     samples = {False: [], True: []}
     for oracle in (False, True):
@@ -55,7 +45,6 @@ def test_exact_exponents():
     fewer = np.divide(samples[False], samples[True])
     assert theory.slope(better) == pytest.approx(-1, abs=0.02)
     assert theory.slope(fewer) == pytest.approx(-2, abs=0.02)
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
 
 
 @pytest.mark.parametrize("oracle", [False, True])
@@ -105,22 +94,11 @@ def test_samples_to_the_right_sign_agree_with_the_exact_variance():
 class Coins:
     """Plays the project's programs on chains of K one-token thoughts.
 
-<<<<<<< HEAD
-    def __init__(self, p, q, seed, **changed):
-        self.p, self.rng = p, np.random.default_rng(seed)
-        self.task = SimpleNamespace(
-            cfg=settings(**changed),
-            slot=0,
-            request=lambda purpose, n, seed=None, h=1: (n, seed.prefix(h) if seed else []),
-            localize=self.localize,
-        )
-=======
     A thought is right (1) with probability p. The localizer is right with probability q.
     """
 
     def __init__(self, p, q, rng_key, **changed):
         self.p = p
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
         self.q = q
         self.rng = np.random.default_rng(rng_key)
         self.task = SimpleNamespace(
@@ -132,14 +110,6 @@ class Coins:
         return n, seed.prefix(h) if seed else []
 
     def localize(self, task, seeds):
-<<<<<<< HEAD
-        truth = [seed.token_ids.index(0) + 1 for seed in seeds]
-        return [
-            (t if self.rng.random() < self.q else int(self.rng.integers(theory.K)) + 1, "test")
-            for t in truth
-        ]
-        yield
-=======
         yield from ()  # a localizer is a generator; this one samples nothing
         found = []
         for seed in seeds:
@@ -148,7 +118,6 @@ class Coins:
                 h = int(self.rng.integers(K)) + 1
             found.append((h, "test"))
         return found
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
 
     def play(self, program):
         """(buffer, thoughts generated) of one prompt."""
@@ -162,30 +131,8 @@ class Coins:
                 return done.value, generated
             answer = []
             for n, prefix in requests:
-<<<<<<< HEAD
-                draws = (self.rng.random((n, theory.K - len(prefix))) < self.p).astype(int).tolist()
-                tokens = [prefix + d for d in draws]
-                answer.append(
-                    [
-                        Rollout(
-                            0,
-                            "test",
-                            [9],
-                            t,
-                            [0.0] * theory.K,
-                            list(range(1, theory.K + 1)),
-                            "thoughts",
-                            prefix_len=len(prefix),
-                            reward=float(all(t)),
-                        )
-                        for t in tokens
-                    ]
-                )
-                made += n * (theory.K - len(prefix))
-=======
                 answer.append(self.sample(n, prefix))
                 generated += n * (K - len(prefix))
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
 
     def sample(self, n, prefix):
         draws = self.rng.random((n, K - len(prefix))) < self.p
@@ -205,21 +152,6 @@ class Coins:
         return out
 
 
-<<<<<<< HEAD
-METHODS = {
-    "grpo": (dict(base=8, prefixes=0), grpo, lambda chain: chain.group(0, N)),
-    "first": (dict(base=4), resets, lambda chain: chain.resets(0.6, 4, "first")),
-    "deepest": (
-        dict(base=4, seed_choice="deepest"),
-        resets,
-        lambda chain: chain.resets(0.6, 4, "deepest"),
-    ),
-    "fresh": (
-        dict(base=0, suffixes=8, seed_source="fresh"),
-        resets,
-        lambda chain: chain.resets(0.6, 0, "first"),
-    ),
-=======
 def rollout_of(tokens, prefix_len, reward=None, group=None):
     """A Rollout of one-token thoughts; its reward is 1 where all are right."""
     return Rollout(
@@ -271,7 +203,6 @@ CASES = {
     "first": Case(resets, {"base": 4}, Split(4, "first")),
     "deepest": Case(deepest, {"base": 4}, Split(4, "deepest")),
     "fresh": Case(resets, {"base": 0, "suffixes": 8, "seed_source": "fresh"}, Split(0, "first")),
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
 }
 
 
@@ -295,24 +226,6 @@ def test_exact_gradients_agree_with_the_projects_programs_and_loss(name):
         buffer, generated = coins.play(case.program)
         assert len(buffer) == N
         gradients.append(coins.gradient(buffer))
-<<<<<<< HEAD
-        thoughts.append(made)
-    found, (on, off), thoughts = (
-        measure(terms(Chain(P))),
-        np.stack(gradients, 1),
-        np.array(thoughts),
-    )
-    assert found["total"] == pytest.approx(1)
-    assert (np.abs(on.mean(0) - found["mean"]) < 5 * on.std(0) / n**0.5).all()
-    assert abs(thoughts.mean() - found["thoughts"]) <= 5 * thoughts.std() / n**0.5 + 1e-9
-    uphill = on.sum(1) / theory.K**0.5  # along g
-    for samples, exact in [
-        ((on - found["mean"]) ** 2, np.diag(found["cov"])),
-        ((uphill - uphill.mean()) ** 2, found["cov"].mean() * theory.K),
-        ((off**2).sum(1), found["off"]),
-    ]:
-        assert (np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / n**0.5).all()
-=======
         thoughts.append(generated)
     on, off = np.stack(gradients, 1)  # [n, K] each
     uphill = on.sum(1) / K**0.5  # along g
@@ -329,7 +242,6 @@ def check_mean(samples, expected):
     """The mean over samples [n, ...] is within 5 standard errors of what is expected."""
     error = np.abs(samples.mean(0) - expected)
     assert (error <= 5 * samples.std(0) / len(samples) ** 0.5 + 1e-9).all()
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
 
 
 def test_grpo_without_std_ascends_the_pass_rate():
@@ -347,17 +259,9 @@ def test_grpo_without_std_ascends_the_pass_rate():
 @pytest.mark.parametrize("split", theory.SPLITS.values(), ids=list(theory.SPLITS))
 def test_an_exact_localizer_has_more_signal_than_chance(split):
     for P in (0.01, 0.04):
-<<<<<<< HEAD
-        (snr, along), (snr_random, along_random) = (
-            theory.relative(P, 1.0, split),
-            theory.relative(P, 0.0, split),
-        )
-        assert snr > snr_random and along > along_random
-=======
         snr, along = theory.relative(P, 1.0, split)
         snr_random, along_random = theory.relative(P, 0.0, split)
         assert snr > snr_random
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
         assert along > 1 > along_random
 
 
@@ -387,24 +291,6 @@ def small_step(q, choice="first"):
 
 @pytest.mark.parametrize("choice", theory.CHOICES)
 def test_simulated_resets_keep_the_prefix_and_train_the_suffix(choice):
-<<<<<<< HEAD
-    truth, probs, ((used, states, w), (used_s, suffixes, w_s)), spent = small_step(1.0, choice)
-    shared = (
-        (suffixes == suffixes[:, :, :1]).all(2).long().cumprod(-1).sum(-1)
-    )  # [B, P] thoughts that the four have in common
-    h = (w_s != 0).any(2).float().argmax(-1)  # first trained thought
-    trained = (w_s != 0).any(-1).any(-1)
-    wrong = truth.flatten()[used] != states
-    failed = wrong.any(-1).any(-1)
-    assert (trained & failed).any() and (h[trained & failed] <= shared[trained & failed]).all()
-    suffix = torch.arange(theory.LENGTH) >= h[..., None, None]
-    of_a_base_rollout = ((suffixes[:, :, :1] == states) | suffix).all(-1).any(-1)
-    assert of_a_base_rollout[trained & failed].all()
-    right = (truth.flatten()[used_s] == suffixes) | suffix
-    assert right[trained & failed].all()  # an exact localizer: no error in the prefix
-    full = 2 * 4 * theory.LENGTH * theory.PROMPTS
-    assert (spent < full).all() and (spent > full / 2).all()
-=======
     step = small_step(1.0, choice)
     base = step.base
     suffixes = step.suffixes
@@ -430,7 +316,6 @@ def test_simulated_resets_keep_the_prefix_and_train_the_suffix(choice):
     full = 2 * 4 * LENGTH * theory.PROMPTS
     assert (step.spent < full).all()
     assert (step.spent > full / 2).all()
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
 
 
 def test_simulated_weights_are_those_of_the_project():
@@ -445,15 +330,6 @@ def test_simulated_weights_are_those_of_the_project():
         # A flat group has no weights, so neither h nor its rewards can be read from them.
         if not failed[b, i] or not base_weights.any() or not suffix_weights.any():
             continue
-<<<<<<< HEAD
-        as_rollouts = [Rollout(0, "test", [0], chain.tolist(), [], [], "thoughts", prefix_len=h * k, group=(0, k), reward=float(v.sum() > 0))
-                       for k, (chains, weight) in enumerate(((states, w), (suffixes, w_s))) for chain, v in zip(chains[b, i], weight[b, i])]  # fmt: skip
-        set_advantages(
-            as_rollouts
-        )  # a positive weight is a right answer, where the group has both kinds
-        expected = torch.tensor([token_weights(r, N * theory.PROMPTS) for r in as_rollouts])
-        torch.testing.assert_close(torch.cat([w[b, i], w_s[b, i]]), expected, rtol=1e-4, atol=1e-7)
-=======
         h = int(suffix_weights.any(0).float().argmax())
         rollouts = as_rollouts(step.base.states[b, i], base_weights, 0, (0, 0))
         rollouts += as_rollouts(step.suffixes.states[b, i], suffix_weights, h, (0, 1))
@@ -461,7 +337,6 @@ def test_simulated_weights_are_those_of_the_project():
         expected = torch.tensor([token_weights(r, N * theory.PROMPTS) for r in rollouts])
         simulated = torch.cat([base_weights, suffix_weights])
         torch.testing.assert_close(simulated, expected, rtol=1e-4, atol=1e-7)
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
         compared += 1
     assert compared > 3
 
@@ -490,33 +365,6 @@ def test_closed_form_gradient_is_that_of_the_surrogate():
 
 def test_pass_rate_is_exact():
     truth, logits = theory.start_policies(0.8, 0.95, [0])
-<<<<<<< HEAD
-    probs, ops = (
-        logits.softmax(-1),
-        torch.randint(
-            theory.OPS, (1, 3, theory.LENGTH), generator=torch.Generator().manual_seed(1)
-        ),
-    )
-    rng, first = torch.Generator().manual_seed(2), torch.arange(theory.STATES).repeat(1, 3)
-    ops_each = ops.repeat_interleave(theory.STATES, 1)
-    states, _ = theory.sample(probs.cumsum(-1)[0], ops_each, first, 200, rng)
-    answer = first
-    for k in range(theory.LENGTH):
-        answer = truth.flatten()[theory.facts(ops_each[:, :, k], answer)]
-    right = (states[..., -1] == answer[..., None]).float()
-    assert (
-        abs(right.mean() - theory.pass_rate(probs, truth, ops)[0])
-        < 5 * right.std() / right.numel() ** 0.5
-    )
-
-
-def test_same_seed_same_numbers_and_training_learns():
-    first, again, other = (
-        theory.train((0.7, 0.99), "plain gradient", (1700.0,), [s, s + 1], 6, base=4, q=1.0)[3]
-        for s in (0, 0, 5)
-    )
-    assert torch.equal(first, again) and not torch.equal(first[0], other[0])
-=======
     probs = logits.softmax(-1)
     ops = torch.randint(theory.OPS, (1, 3, LENGTH), generator=theory.generator(1))
     first = torch.arange(theory.STATES).repeat(1, 3)  # every first state for each of the three
@@ -535,7 +383,6 @@ def test_same_seed_same_numbers_and_training_learns():
     other = small_training(5)
     assert np.array_equal(first, again)
     assert not np.array_equal(first[0], other[0])
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
     assert (first[-1] > first[0] + 0.1).all()
 
 
@@ -554,17 +401,9 @@ def test_command_line_prints_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(theory, "STARTS", [0.04, 0.15])
     theory.main(["--seeds", "2", "--steps", "4", "--out", str(tmp_path / "theory.png")])
     out = capsys.readouterr().out
-<<<<<<< HEAD
-    assert (
-        "| samples, RR / CARO | -2 | -2.0" in out
-        and "**AdamW, start 0.1" in out
-        and "When are resets worth it" in out
-    )
-=======
     assert "| samples, RR / CARO | -2 | -2.0" in out
     assert "**AdamW, start 0.1" in out
     assert "When are resets worth it" in out
->>>>>>> 7cdd649066de3ca5e7dd3f4eb59d6493421ab3d5
     assert (tmp_path / "theory.png").stat().st_size > 20_000
 
 

@@ -1,43 +1,112 @@
-"""Verifiers and the public sets: tables of real and hostile answers, every set's layout, and, where the real files are, a share of their references."""
+"""Verifiers and public sets: real and hostile answers, every set's layout, real references.
+
+The tests at the end need copies of the public files (see `real`).
+"""
 
 import base64
 import json
 import os
 import pickle
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
 
-from data import prepare
+from data import prepare, verifiers
 from data.faults import UserError, counters
+from data.policies import encode_question
 from data.prepare import SETS, convert, half, main, verifiable
 from data.problems import Problem
 from data.tasks import load_problems
-from rollout import encode_question
+from data.verifiers import KINDS, check_machine
 
 
 @pytest.mark.parametrize(
     "kind, answer, right, wrong",
     [
-        ("choice", "B", ["B", "b", "(B)", "(b).", r"\text{B}", r"\mathrm{(B)}", "B.", "B. bank", "B) bank", "(B) a bank", "Option B", "choice: B", "$B$", "B: bank, not A", "\\text{" * 9 + "B" + "}" * 9],
-         ["A", "C", "", "AB", "A or B", "not B", "bank", "both", "B or C", r"\text{C}", "(A) B", "Blue", "Z", "1", "B" * 600, "\\text{" * 9000 + "B" + "}" * 9000]),
-        ("yes_no", "yes", ["yes", "Yes", "YES.", r"\text{Yes}", "true", r"\textbf{True}", "$yes$"], ["no", "", "maybe", "yes and no", "not yes", "yesno", "1", "no, yes"]),
+        (
+            "choice",
+            "B",
+            [
+                "B",
+                "b",
+                "(B)",
+                "(b).",
+                r"\text{B}",
+                r"\mathrm{(B)}",
+                "B.",
+                "B. bank",
+                "B) bank",
+                "(B) a bank",
+                "Option B",
+                "choice: B",
+                "$B$",
+                "B: bank, not A",
+                "\\text{" * 9 + "B" + "}" * 9,
+            ],
+            [
+                "A",
+                "C",
+                "",
+                "AB",
+                "A or B",
+                "not B",
+                "bank",
+                "both",
+                "B or C",
+                r"\text{C}",
+                "(A) B",
+                "Blue",
+                "Z",
+                "1",
+                "B" * 600,
+                "\\text{" * 9000 + "B" + "}" * 9000,
+            ],
+        ),
+        (
+            "yes_no",
+            "yes",
+            ["yes", "Yes", "YES.", r"\text{Yes}", "true", r"\textbf{True}", "$yes$"],
+            ["no", "", "maybe", "yes and no", "not yes", "yesno", "1", "no, yes"],
+        ),
         ("yes_no", "no", ["No", "false", r"\text{no}."], ["yes", "not", "none", "True"]),
-        ("text", "2 H2 + O2 = 2 H2O", ["2 H2 + O2 = 2 H2O", "2 h2 + o2 = 2 h2o.", "2 H2  +  O2 = 2 H2O (balanced)", r"\text{2 H2 + O2 = 2 H2O}"],
-         ["", "H2 + O2 = H2O", "12 H2 + O2 = 2 H2O", "2 H2 + O2 = 2 H2O2", "2 H2 + O2", "x " * 200 + "2 H2 + O2 = 2 H2O"]),
-        ("math", r"\frac{1}{2}", ["0.5", r"\frac12", "1/2", r"\dfrac{2}{4}"], ["2", "0.51", "", "1/2 + 1", r"\frac{1}{3}", "x"]),
+        (
+            "text",
+            "2 H2 + O2 = 2 H2O",
+            [
+                "2 H2 + O2 = 2 H2O",
+                "2 h2 + o2 = 2 h2o.",
+                "2 H2  +  O2 = 2 H2O (balanced)",
+                r"\text{2 H2 + O2 = 2 H2O}",
+            ],
+            [
+                "",
+                "H2 + O2 = H2O",
+                "12 H2 + O2 = 2 H2O",
+                "2 H2 + O2 = 2 H2O2",
+                "2 H2 + O2",
+                "x " * 200 + "2 H2 + O2 = 2 H2O",
+            ],
+        ),
+        (
+            "math",
+            r"\frac{1}{2}",
+            ["0.5", r"\frac12", "1/2", r"\dfrac{2}{4}"],
+            ["2", "0.51", "", "1/2 + 1", r"\frac{1}{3}", "x"],
+        ),
         ("math", "(3, -2)", ["(3,-2)", r"\left(3, -2\right)"], ["(-2, 3)", "3", "(3, 2)"]),
         ("integer", "72", ["72", "+72", "072"], ["73", "72.0", "7 2", "seventy-two"]),
     ],
-)  # fmt: skip
+)
 def test_answers(kind, answer, right, wrong):
     problem = Problem(0, "?", answer, kind)
     for said in right:
         assert problem.grade(f"thus </thought> \\boxed{{{said}}}") == 1, said
     for said in wrong:
         assert problem.grade(f"\\boxed{{{answer}}} no: \\boxed{{{said}}}") == 0, said
-    assert problem.grade(answer) == 0 and counters["no_box"]
+    assert problem.grade(answer) == 0
+    assert counters["no_box"]
 
 
 DOUBLE = {"stdin": [["2", "4"], ["3", "6"]]}
@@ -57,6 +126,32 @@ DOUBLE = {"stdin": [["2", "4"], ["3", "6"]]}
 )
 def test_programs_in_responses(response, reward):
     assert Problem(0, "?", "", "code", tests=DOUBLE).grade(response) == reward
+
+
+def test_what_holds_an_answer():
+    for name, kind in KINDS.items():
+        assert not kind.answered("no answer here, \\boxed{1")
+        assert kind.answered("\\boxed{1}") == (name != "code")
+        assert kind.answered("```python\nprint(") == (name == "code")
+
+
+def test_slow_kinds_wait_for_another_process():
+    slow = [name for name in KINDS if Problem(0, "?", "", name).slow]
+    assert slow == ["math", "code"]
+
+
+def test_only_code_asks_something_of_the_machine(monkeypatch):
+    others = [Problem(0, "?", "1", name) for name in KINDS if name != "code"]
+    code = Problem(0, "?", "", "code", tests=DOUBLE)
+    assert "Landlock" in check_machine([*others, code])
+
+    def refuse():
+        raise OSError("no sandbox for abacus")
+
+    monkeypatch.setattr(verifiers, "isolation", refuse)
+    assert check_machine(others) is None
+    with pytest.raises(UserError, match="kind code cannot be graded .* no sandbox for abacus"):
+        check_machine([*others, code])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +179,6 @@ class Words:
 
     chat_template = None
     added_tokens_decoder = {}
-
     unk_token_id = None
 
     def convert_tokens_to_ids(self, token):
@@ -95,167 +189,286 @@ class Words:
 
 
 def test_prompts_ask_for_what_the_verifier_reads():
-    prompt = lambda kind: encode_question(Words(), Problem(0, "Q?", "", kind))[0]  # noqa: E731
-    assert all(
-        "Q?" in prompt(kind) and "</thought>" in prompt(kind) for kind in ("math", "choice", "code")
-    )
-    assert (
-        r"\boxed{}" in prompt("math")
-        and "letter" in prompt("choice")
-        and "yes or no" in prompt("yes_no")
-    )
-    assert "```python" in prompt("code") and "boxed" not in prompt("code")
+    prompts = {}
+    for kind in KINDS:
+        prompts[kind] = encode_question(Words(), Problem(0, "Q?", "", kind))[0]
+        assert "Q?" in prompts[kind]
+        assert "</thought>" in prompts[kind]
+        assert prompts[kind].endswith(KINDS[kind].ending)
+    assert r"\boxed{}" in prompts["math"]
+    assert "letter" in prompts["choice"]
+    assert "yes or no" in prompts["yes_no"]
+    assert "```python" in prompts["code"]
+    assert "boxed" not in prompts["code"]
 
 
-# ------------------------------------------------------------------------------------------------------------------ the sets
+# --------------------------------------------------------------------------------------- the sets
 
-PRIVATE = base64.b64encode(
-    zlib.compress(
-        pickle.dumps(json.dumps([{"input": "1", "output": "2"}, {"input": "3", "output": "6"}]))
-    )
-).decode()
+CASES = [{"input": "1", "output": "2"}, {"input": "3", "output": "6"}]
+
+
+def as_private(tests):
+    """Private tests as LiveCodeBench stores them: pickled, compressed, in base 64."""
+    return base64.b64encode(zlib.compress(pickle.dumps(tests))).decode()
+
+
 LCB = {
     "difficulty": "medium",
     "question_content": "Double it.",
     "starter_code": "",
     "metadata": "{}",
-    "private_test_cases": PRIVATE,
+    "private_test_cases": as_private(json.dumps(CASES)),
 }
-RECORDS = {  # one record in each set's own layout -> (answer, kind), or None where it is not of the set
-    "gsm8k": [({"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,002"}, ("1002", "math"))],
-    "math500": [({"problem": "q", "answer": r"\frac12", "solution": "s"}, (r"\frac12", "math"))],
-    "math_level5": [({"problem": "q", "level": "Level 5", "solution": r"so \boxed{7}"}, ("7", "math")), ({"problem": "q", "level": "Level 4", "solution": r"\boxed{7}"}, None)],
-    "numinamath_olympiads": [({"problem": "q", "source": "olympiads", "solution": r"\boxed{7}"}, ("7", "math")), ({"problem": "q", "source": "cn_k12", "solution": r"\boxed{7}"}, None),
-                             ({"problem": "q", "source": "olympiads", "solution": r"\boxed{\text{all}}"}, None), ({"problem": "q", "source": "olympiads", "solution": "none"}, None)],
-    "olympiadbench": [({"question": "q", "context": None, "unit": "cm", "final_answer": ["$1$,$\\sqrt{2}$."]}, ("1, \\sqrt{2}", "math"))],
-    "aime25": [({"problem": "q", "answer": 204}, ("204", "math"))],
-    "theoremqa": [({"Question": "q", "Answer": "True", "Answer_type": "bool", "Picture": None}, ("yes", "yes_no")), ({"Question": "q", "Answer": "(c)", "Answer_type": "option"}, ("C", "choice")),
-                  ({"Question": "q", "Answer": "[0.5, 2]", "Answer_type": "list of float"}, ("0.5, 2", "math")), ({"Question": "q", "Answer": "1", "Answer_type": "integer", "Picture": "png"}, None)],
-    "csqa": [({"question": "q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"}, ("B", "choice")),
-             ({"question": {"stem": "q", "choices": [{"label": "A", "text": "x"}]}, "answerKey": "A"}, ("A", "choice"))],
-    "strategyqa": [({"question": "q", "answer": False}, ("no", "yes_no")), ({"question": "q", "answer": True}, ("yes", "yes_no"))],
-    "sciknoweval_physics": [
-        ({"domain": "Physics", "details": {"level": "L3"}, "question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A", "type": "mcq-4-choices"}, ("A", "choice")),
-        ({"domain": "Physics", "details": {"level": "L3"}, "question": "q", "choices": {"text": []}, "answer": "No", "type": "true_or_false"}, ("no", "yes_no")),
-        ({"domain": "Physics", "details": {"level": "L3"}, "question": "q", "choices": {"text": []}, "answer": "E = m", "type": "filling"}, ("E = m", "text")),
-        ({"domain": "Biology", "details": {"level": "L3"}}, None), ({"domain": "Physics", "details": {"level": "L2"}}, None)],
-    "humaneval": [({"prompt": "def f(x):\n    '''doubles'''\n", "entry_point": "f", "test": "def check(c):\n    assert c(2) == 4", "canonical_solution": "    return 2 * x\n"}, (None, "code"))],
-    "livecodebench_medium": [(LCB, (None, "code")), (LCB | {"difficulty": "hard"}, None)],
-    "processbench": [({"problem": "q", "steps": ["a", "b"], "label": 1}, ("", "steps"))],
-}  # fmt: skip
+# One record in each set's own layout: (set, record, answer of the problem, its kind).
+RECORDS = [
+    ("gsm8k", {"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,002"}, "1002", "math"),
+    ("math500", {"problem": "q", "answer": r"\frac12", "solution": "s"}, r"\frac12", "math"),
+    ("math_level5", {"problem": "q", "level": "Level 5", "solution": r"so \boxed{7}"}, "7", "math"),
+    (
+        "numinamath_olympiads",
+        {"problem": "q", "source": "olympiads", "solution": r"\boxed{7}"},
+        "7",
+        "math",
+    ),
+    (
+        "olympiadbench",
+        {"question": "q", "context": None, "unit": "cm", "final_answer": [r"$1$,$\sqrt{2}$."]},
+        r"1, \sqrt{2}",
+        "math",
+    ),
+    ("aime25", {"problem": "q", "answer": 204}, "204", "math"),
+    (
+        "theoremqa",
+        {"Question": "q", "Answer": "True", "Answer_type": "bool", "Picture": None},
+        "yes",
+        "yes_no",
+    ),
+    ("theoremqa", {"Question": "q", "Answer": "(c)", "Answer_type": "option"}, "C", "choice"),
+    (
+        "theoremqa",
+        {"Question": "q", "Answer": "[0.5, 2]", "Answer_type": "list of float"},
+        "0.5, 2",
+        "math",
+    ),
+    (
+        "csqa",
+        {"question": "q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"},
+        "B",
+        "choice",
+    ),
+    (
+        "csqa",
+        {"question": {"stem": "q", "choices": [{"label": "A", "text": "x"}]}, "answerKey": "A"},
+        "A",
+        "choice",
+    ),
+    ("strategyqa", {"question": "q", "answer": False}, "no", "yes_no"),
+    ("strategyqa", {"question": "q", "answer": True}, "yes", "yes_no"),
+    (
+        "sciknoweval_physics",
+        {
+            "domain": "Physics",
+            "details": {"level": "L3"},
+            "question": "q",
+            "choices": {"text": ["x"], "label": ["A"]},
+            "answerKey": "A",
+            "type": "mcq-4-choices",
+        },
+        "A",
+        "choice",
+    ),
+    (
+        "sciknoweval_physics",
+        {
+            "domain": "Physics",
+            "details": {"level": "L3"},
+            "question": "q",
+            "choices": {"text": []},
+            "answer": "No",
+            "type": "true_or_false",
+        },
+        "no",
+        "yes_no",
+    ),
+    (
+        "sciknoweval_physics",
+        {
+            "domain": "Physics",
+            "details": {"level": "L3"},
+            "question": "q",
+            "choices": {"text": []},
+            "answer": "E = m",
+            "type": "filling",
+        },
+        "E = m",
+        "text",
+    ),
+    (
+        "humaneval",
+        {
+            "prompt": "def f(x):\n    '''doubles'''\n",
+            "entry_point": "f",
+            "test": "def check(c):\n    assert c(2) == 4",
+            "canonical_solution": "    return 2 * x\n",
+        },
+        None,
+        "code",
+    ),
+    ("livecodebench_medium", LCB, None, "code"),
+    ("processbench", {"problem": "q", "steps": ["a", "b"], "label": 1}, "", "steps"),
+]
+OF_NO_USE = [  # records that are no problem of the set
+    ("math_level5", {"problem": "q", "level": "Level 4", "solution": r"\boxed{7}"}),
+    ("numinamath_olympiads", {"problem": "q", "source": "cn_k12", "solution": r"\boxed{7}"}),
+    (
+        "numinamath_olympiads",
+        {"problem": "q", "source": "olympiads", "solution": r"\boxed{\text{all}}"},
+    ),
+    ("numinamath_olympiads", {"problem": "q", "source": "olympiads", "solution": "none"}),
+    ("theoremqa", {"Question": "q", "Answer": "1", "Answer_type": "integer", "Picture": "png"}),
+    ("sciknoweval_physics", {"domain": "Biology", "details": {"level": "L3"}}),
+    ("sciknoweval_physics", {"domain": "Physics", "details": {"level": "L2"}}),
+    ("livecodebench_medium", LCB | {"difficulty": "hard"}),
+]
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_layouts(name):
-    for record, expected in RECORDS[name]:
-        got = SETS[name].convert(record)
-        assert (got and (got.get("answer"), got["kind"])) == expected
-        if got and got["kind"] in ("choice",):
-            assert "q" in got["question"]
+@pytest.mark.parametrize("name, record, answer, kind", RECORDS)
+def test_layouts(name, record, answer, kind):
+    converted = SETS[name].convert(record)
+    assert converted["kind"] == kind
+    assert converted.get("answer") == answer
+    if kind == "choice":
+        assert "q" in converted["question"]
+
+
+@pytest.mark.parametrize("name, record", OF_NO_USE)
+def test_records_that_are_dropped(name, record):
+    assert SETS[name].convert(record) is None
 
 
 def test_livecodebench_tests_are_halved_and_never_executed():
     parts = convert("livecodebench_medium", [LCB])
-    train, test = (parts[part][0]["tests"]["stdin"] for part in ("train", "test"))
-    assert sorted(train + test) == [["1", "2"], ["3", "6"]] and len(train) == 1
+    train = parts["train"][0]["tests"]["stdin"]
+    test = parts["test"][0]["tests"]["stdin"]
+    assert sorted(train + test) == [["1", "2"], ["3", "6"]]
+    assert len(train) == 1
     assert half({"stdin": [["1", "2"]]}, 1) == {"stdin": [["1", "2"]]}
-    evil = base64.b64encode(zlib.compress(pickle.dumps(print))).decode()
+    evil = LCB | {"private_test_cases": as_private(print)}
     with pytest.raises(UserError, match="hold builtins.print"):
-        SETS["livecodebench_medium"].convert(LCB | {"private_test_cases": evil})
-    call = SETS["livecodebench_medium"].convert(
-        LCB
-        | {
-            "metadata": '{"func_name": "f"}',
-            "private_test_cases": '[{"input": "[1, 2]\\n3", "output": "true"}]',
-        }
-    )
-    assert call["tests"] == {"call": "f", "cases": [[[[1, 2], 3], True]]}
+        SETS["livecodebench_medium"].convert(evil)
+    of_a_function = {
+        "metadata": '{"func_name": "f"}',
+        "private_test_cases": '[{"input": "[1, 2]\\n3", "output": "true"}]',
+    }
+    converted = SETS["livecodebench_medium"].convert(LCB | of_a_function)
+    assert converted["tests"] == {"call": "f", "cases": [[[[1, 2], 3], True]]}
 
 
 def test_samples_are_seeded_and_split_without_overlap():
-    records = [
-        {"problem": f"q{i}", "source": "olympiads", "solution": rf"\boxed{{{i}}}"}
-        for i in range(700)
-    ]
+    records = []
+    for i in range(700):
+        record = {"problem": f"q{i}", "source": "olympiads", "solution": rf"\boxed{{{i}}}"}
+        records.append(record)
     parts = convert("numinamath_olympiads", records)
     assert parts == convert("numinamath_olympiads", records)
-    train, test = ({p["question"] for p in parts[part]} for part in ("train", "test"))
-    assert (
-        (len(train), len(test)) == (400, 100)
-        and not train & test
-        and "q0" not in list(parts["train"][0].values())
-    )
+    train = {p["question"] for p in parts["train"]}
+    test = {p["question"] for p in parts["test"]}
+    assert len(train) == 400
+    assert len(test) == 100
+    assert not train & test
+    assert parts["train"][0]["question"] != "q0"  # shuffled
 
 
-@pytest.mark.parametrize("answer, kept", [(r"\frac{3}{4}", True), ("B", True), ("(C)", True), (r"2\sqrt{3}", True), ("x + y", False), ("12 cm", False), ("50%", False),
-                                          ("all even n", False), (r"\frac{3}{4", False), (r"\text{2}", False), ("1" * 61, False), ("", False), ("F", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, kept",
+    [
+        (r"\frac{3}{4}", True),
+        ("B", True),
+        ("(C)", True),
+        (r"2\sqrt{3}", True),
+        ("x + y", False),
+        ("12 cm", False),
+        ("50%", False),
+        ("all even n", False),
+        (r"\frac{3}{4", False),
+        (r"\text{2}", False),
+        ("1" * 61, False),
+        ("", False),
+        ("F", False),
+    ],
+)
 def test_the_papers_filter_of_answers(answer, kept):
     assert verifiable(answer) is kept
 
 
-def refused(argv):
+def refused(*argv):
+    """The message with which the command refuses its arguments."""
     with pytest.raises(UserError) as fault:
-        main([str(a) for a in argv])
+        main([str(argument) for argument in argv])
     assert "\n" not in str(fault.value)
     return str(fault.value)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     source = tmp_path / "raw.jsonl"
-    source.write_text(
-        "".join(
-            json.dumps({"question": f"q{i}", "answer": f"so\n#### {i}"}) + "\n" for i in range(5)
-        )
-    )
-    main(["gsm8k", "--from", str(source), "--out", str(tmp_path / "out")])
-    assert (
-        "5 problems of 5 records; 5 of 5 reference answers pass their own verifier (100.00%)"
-        in capsys.readouterr().out
-    )
-    assert [p.answer for p in load_problems(str(tmp_path / "out" / "gsm8k.jsonl"), seed=0)] == list(
-        "01234"
-    )
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["gsm8k.jsonl"]
+    out = tmp_path / "out"
+    records = [{"question": f"q{i}", "answer": f"so\n#### {i}"} for i in range(5)]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    main(["gsm8k", "--from", str(source), "--out", str(out)])
+    verdict = "5 problems of 5 records; 5 of 5 reference answers pass their own verifier (100.00%)"
+    assert verdict in capsys.readouterr().out
+    answers = [p.answer for p in load_problems(str(out / "gsm8k.jsonl"), seed=0)]
+    assert answers == ["0", "1", "2", "3", "4"]
+    assert [path.name for path in out.iterdir()] == ["gsm8k.jsonl"]
+
     main(["--list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in SETS)
-    assert "not a set that is known here" in refused(["gsm9k"])
-    assert "not in the layout of openai/gsm8k" in refused(
-        ["gsm8k", "--from", tmp_path / "out" / "gsm8k.jsonl", "--out", tmp_path / "no"]
-    )
-    assert "cannot be read" in refused(["gsm8k", "--from", tmp_path / "none.jsonl"])
-    assert "name one" in refused(["gsm8k", "math500", "--from", source])
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    assert "pip install datasets" in refused(["gsm8k", "--out", tmp_path / "no"])
-    assert not (tmp_path / "no").exists()
+
+    no = tmp_path / "no"
+    assert "not a set that is known here" in refused("gsm9k")
+    complaint = refused("gsm8k", "--from", out / "gsm8k.jsonl", "--out", no)
+    assert "not in the layout of openai/gsm8k" in complaint
+    assert "cannot be read" in refused("gsm8k", "--from", tmp_path / "none.jsonl")
+    assert "name one" in refused("gsm8k", "math500", "--from", source)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    assert "pip install datasets" in refused("gsm8k", "--out", no)
+    assert not no.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- the real records
+# -------------------------------------------------------------------------------- the real records
 
 DATA = Path(os.environ.get("SRPO_DATA", "nowhere"))
 real = pytest.mark.skipif(
     not DATA.is_dir(),
-    reason="needs copies of the public files, in the folder that SRPO_DATA names; the repository does not hold them",
+    reason="needs copies of the public files, in the folder that SRPO_DATA names; "
+    "the repository does not hold them",
 )
 FILES = {
-    "gsm8k": "gsm8k/test.jsonl", "math500": "math500/test.jsonl", "math_level5": "math/test.jsonl", "aime24": "math_evals/aime24.jsonl",
-    "olympiadbench": "math_evals/olympiadbench.jsonl", "theoremqa": "theoremqa/theoremqa_test.json", "csqa": "csqa/dev_rand_split.jsonl",
-    "strategyqa": "strategyqa/train.json", "humaneval": "human_eval/HumanEval.jsonl.gz",
-}  # fmt: skip
-EQUAL = {("5", "x=5"), ("0.0", "0")}  # neighbours that are the same answer in other words
+    "gsm8k": "gsm8k/test.jsonl",
+    "math500": "math500/test.jsonl",
+    "math_level5": "math/test.jsonl",
+    "aime24": "math_evals/aime24.jsonl",
+    "olympiadbench": "math_evals/olympiadbench.jsonl",
+    "theoremqa": "theoremqa/theoremqa_test.json",
+    "csqa": "csqa/dev_rand_split.jsonl",
+    "strategyqa": "strategyqa/train.json",
+    "humaneval": "human_eval/HumanEval.jsonl.gz",
+}
+SAME = {("5", "x=5"), ("0.0", "0")}  # neighbours that are the same answer in other words
 
 
 @real
 @pytest.mark.parametrize("name", FILES)
 def test_real_references_pass_and_their_neighbours_do_not(name):
+    """About 40 references of each file; the command itself grades all of them."""
     (problems,) = convert(name, prepare.read_local(DATA / FILES[name])).values()
-    graded, rejected = prepare.check(
-        problems[:: max(1, len(problems) // 40)]
-    )  # the command grades all of them
-    assert graded >= 30 and len(rejected) <= 0.005 * graded, rejected[:3]
-    math = [p for p in problems if p["kind"] == "math"][:50]
-    for p, neighbour in zip(math, math[1:]):
-        if p["answer"] != neighbour["answer"] and (p["answer"], neighbour["answer"]) not in EQUAL:
-            assert (
-                Problem(0, "", p["answer"], "math").grade(f"\\boxed{{{neighbour['answer']}}}") == 0
-            ), (p["answer"], neighbour["answer"])
+    stride = max(1, len(problems) // 40)
+    graded, rejected = prepare.check(problems[::stride])
+    assert graded >= 30
+    assert len(rejected) <= 0.005 * graded, rejected[:3]
+    answers = [p["answer"] for p in problems if p["kind"] == "math"][:50]
+    for answer, neighbour in zip(answers, answers[1:]):
+        if answer != neighbour and (answer, neighbour) not in SAME:
+            problem = Problem(0, "", answer, "math")
+            assert problem.grade(f"\\boxed{{{neighbour}}}") == 0, (answer, neighbour)

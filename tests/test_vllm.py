@@ -14,7 +14,8 @@ from test_rollout import trainer_logps
 from test_run import lines_of
 
 from conftest import POLICY, ROOT
-from rollout import HFEngine, grpo, make_engine, resets, run_programs
+from data.driver import run_programs
+from rollout import HFEngine, grpo, make_engine, resets
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
     pytest.importorskip("vllm", reason="vLLM is not installed; see Install in README.md")
