@@ -1,21 +1,26 @@
 """The loss: masked group-relative REINFORCE (SRPO steps 5 and 6).
 
-    L = - 1/N sum_i A_i 1/|T_i| sum_{t in T_i} log pi(y_t | y_<t)
+    L = - 1/N sum_i 1/|T_i| sum_{t in T_i} A_i(t) log pi(y_t | y_<t)
 
-N     all rollouts of the step, also those whose advantage is zero
-A_i   advantage: the reward of rollout i, normalised inside its own group
-T_i   trained tokens: every response token of a base rollout, only the suffix of a suffix rollout
-      (the shared prefix is masked: it was not sampled for this group)
-pi    the policy at the sampling temperature; y_t is token t of the response, y_<t all before it
+N       all trained rollouts of the step, also those whose advantages are zero
+A_i(t)  advantage of the thought that holds token t: by default one number for the whole rollout,
+        its reward normalised inside its own group; a program may set one for each thought
+T_i     trained tokens: every response token of a base rollout, only the suffix of a suffix rollout
+        (the shared prefix is masked: it was not sampled for this group)
+pi      the policy at the sampling temperature; y_t is token t of the response, y_<t all before it
+
+So every rollout has the same say, 1/N, whatever its group. A prompt with one group of 4 has half the
+say of a prompt with two, and one with 5 rollouts 5/8 of one with 8. Flat groups count in N: a step
+in which few groups have variance is a small step.
 
 From top to bottom this file follows the equation: `set_advantages` gives A_i, `token_weights` gives
-A_i / (|T_i| N) for each token, `collate` makes padded tensors, `chosen_logps` gives
-log pi(y_t | y_<t), `surrogate` sums weight times log-prob, and `backward` adds up the gradient.
+A_i(t) / (|T_i| N), `collate` makes padded tensors, `chosen_logps` gives log pi(y_t | y_<t),
+`surrogate` sums weight times log-prob, and `backward` adds up the gradient.
 
 All weights are known before the first backward, so the gradient does not depend on micro-batches,
-padding, order or the number of processes. Rollouts without weight are not run. The language-model
-head runs only where a weight is not zero, in chunks whose logits are computed again in the
-backward: the [tokens, vocabulary] logits of a step never exist at once.
+padding, order or the number of processes. The language-model head runs only on trained tokens, in
+chunks whose logits are computed again in the backward: the [tokens, vocabulary] logits of a step
+never exist at once.
 
 Left out: a KL term and a reference model, as in the paper. Importance ratios other than the clipped
 surrogate (`--clip`, the paper's ablation, with the sampler's log-probs as the old policy's).
@@ -34,68 +39,103 @@ from data.contexts import can_share, hidden_of_shared_contexts, positions
 from data.metrics import Sums, sums_of
 from rollout import Rollout, grouped
 
-# ---------------------------------------------------------------------------- advantages and
-# weights
+# -------------------------------------------------------------------------- advantages and weights
 
 
 def set_advantages(rollouts: list[Rollout], normalize: bool = True) -> None:
     """Writes A_i = (r_i - mean) / std of its own group into each rollout. Paper step 5.
 
-    std is the population's; all A are zero where std < 1e-8. Rewards 1, 0, 0, 0 give advantages
-    1.73, -0.58, -0.58, -0.58. normalize=False leaves the std out (tests: an unbiased gradient).
+    std is the population's; all A are zero where std < 1e-8. Rewards 1, 0, 0, 0 give advantages 1.73,
+    -0.58, -0.58, -0.58, the same for all thoughts of a rollout. Groups whose program has set
+    advantages keep them. normalize=False leaves the std out (tests: an unbiased gradient).
+    Raises ValueError if the members of a group do not start from one state.
     """
-    for members in grouped(rollouts).values():
-        rewards = torch.tensor([r.reward for r in members], dtype=torch.float64)
+    for group, members in grouped(rollouts).items():
+        if all(rollout.advantages is not None for rollout in members):
+            continue
+        check_group(group, members)
+        rewards = torch.tensor([rollout.reward for rollout in members], dtype=torch.float64)
         std = rewards.std(correction=0)
+        scale = 1 / std if normalize else 1.0
         if std < 1e-8:
             scale = 0.0
-        elif normalize:
-            scale = 1 / std
-        else:
-            scale = 1.0
         advantages = (rewards - rewards.mean()) * scale
         for rollout, advantage in zip(members, advantages.tolist()):
-            rollout.advantage = advantage
+            rollout.advantages = [advantage] * len(rollout.thought_ends)
+
+
+def check_group(group: tuple[int, int], members: list[Rollout]) -> None:
+    """Rewards can be compared only between continuations of one state."""
+    if any(rollout.advantages is not None for rollout in members):
+        raise ValueError(f"group {group}: its program sets the advantages of some, but not of all")
+    if any(rollout.trained_state() != members[0].trained_state() for rollout in members):
+        raise ValueError(
+            f"group {group} mixes two states; give each reset state a group of its own"
+        )
 
 
 def token_weights(
-    rollout: Rollout, n_rollouts: int, mask_prefix: bool = True, length: str = "trained"
+    rollout: Rollout,
+    n_rollouts: int,
+    mask_prefix: bool = True,
+    length: str = "trained",
+    n_tokens: int = 0,
 ) -> list[float]:
     """Weight of each response token in the loss: A / (|T| N) on T, 0 on a masked prefix.
 
     A = 1.5, 5 tokens of which 2 are the shared prefix, N = 8  ->  [0, 0, 1/16, 1/16, 1/16].
-    length="response" (ours) divides by the whole response, prefix included, so that a short suffix is
-    not louder than a base rollout  ->  [0, 0, 3/80, 3/80, 3/80].
+    length="response" (ours) divides by the whole response, prefix included, so that a short suffix
+    is not louder than a base rollout  ->  [0, 0, 3/80, 3/80, 3/80]. length="step" divides by the
+    n_tokens trained tokens of the step: every token has the same say.
     """
-    masked = rollout.prefix_len if mask_prefix else 0
-    trained = len(rollout.token_ids) - masked
-    divisor = trained if length == "trained" else len(rollout.token_ids)
-    return [0.0] * masked + [rollout.advantage / (divisor * n_rollouts)] * trained
-
-
-# ---------------------------------------------------------------------------------------------
-# batch
+    masked = rollout.masked(mask_prefix)
+    n = len(rollout.token_ids)
+    if length == "step":
+        divisor = n_tokens
+    else:
+        divisor = n_rollouts * (n - masked if length == "trained" else n)
+    weights = []
+    for advantage, end in zip(rollout.advantages, rollout.thought_ends):
+        weights += [advantage / max(1, divisor)] * (end - len(weights))
+    return [0.0] * masked + weights[masked:]
 
 
 @dataclass
 class Weighted:
-    """A rollout with the weight of each of its response tokens."""
+    """A rollout, the weight of each of its response tokens, and which of them are trained.
+
+    A trained token may have weight 0: nothing pulls it, but an entropy bonus or a KL term could.
+    """
 
     rollout: Rollout
     weights: list[float]
+    trained: list[bool]
 
     @property
     def start(self) -> int:
-        """Response tokens before the first one that has a weight; 0 where none has."""
-        for i, weight in enumerate(self.weights):
-            if weight:
-                return i
-        return 0
+        """Response tokens before the first trained one; 0 where none is."""
+        return self.trained.index(True) if True in self.trained else 0
 
     @property
     def context(self) -> tuple[int, ...]:
-        """Token ids before the first weighted one: the prompt and, if it is masked, the prefix."""
-        return tuple(self.rollout.prompt_ids + self.rollout.token_ids[: self.start])
+        """Token ids before the first trained one: the prompt and, if it is masked, the prefix."""
+        prompt_ids = self.rollout.trained_prompt or self.rollout.prompt_ids
+        return tuple(prompt_ids + self.rollout.token_ids[: self.start])
+
+
+def weigh(rollouts: list[Rollout], cfg) -> list[Weighted]:
+    """All trained rollouts of a step with their weights. Uses cfg.mask_prefix and length."""
+    masked = [rollout.masked(cfg.mask_prefix) for rollout in rollouts]
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    n_tokens = sum(lengths) - sum(masked)
+    items = []
+    for rollout, m, n in zip(rollouts, masked, lengths):
+        weights = token_weights(rollout, len(rollouts), cfg.mask_prefix, cfg.length, n_tokens)
+        items.append(Weighted(rollout, weights, [False] * m + [True] * (n - m)))
+    return items
+
+
+# ------------------------------------------------------------------------------------------- batch
 
 
 @dataclass
@@ -103,18 +143,19 @@ class Batch:
     """B rollouts over S distinct contexts: contexts left-padded, tokens right-padded.
 
     The rollouts of a group share their prompt, or their reset state: it is there once. M tokens of
-    the batch have a weight.
+    the batch are trained.
     """
 
     contexts: torch.Tensor  # [S, W] token ids
     contexts_mask: torch.Tensor  # [S, W] 1 on real tokens
     context_of: torch.Tensor  # [B] row of `contexts`
-    tokens: torch.Tensor  # [B, L] token ids from the first weighted one on
+    tokens: torch.Tensor  # [B, L] token ids from the first trained one on
     tokens_mask: torch.Tensor  # [B, L] 1 on real tokens
-    weighted: torch.Tensor  # [B, L] bool: this token's weight is not zero
-    weights: torch.Tensor  # [M] of the weighted tokens, in row order
+    trained: torch.Tensor  # [B, L] bool
+    weights: torch.Tensor  # [M] of the trained tokens, in row order
     old_logps: torch.Tensor  # [M] the sampler's
-    in_prefix: torch.Tensor  # [M] bool: a token of the shared prefix (only without the mask)
+    in_prefix: torch.Tensor  # [M] bool: sampled earlier than the rest (only without the mask)
+    off_policy: torch.Tensor  # [M] bool: sampled from another prompt
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -129,27 +170,29 @@ def collate(items: list[Weighted], pad_id: int) -> Batch:
     row_of = {}  # context -> its row
     for item in items:
         row_of.setdefault(item.context, len(row_of))
-    rows, weights, old_logps, in_prefix = [], [], [], []
+    rows, trained, weights, old_logps, in_prefix, off_policy = [], [], [], [], [], []
     for item in items:
         rollout, start = item.rollout, item.start
+        n = len(rollout.token_ids)
         rows.append(rollout.token_ids[start:])
+        trained.append(item.trained[start:])
         weights.append(item.weights[start:])
         old_logps.append(rollout.logps[start:])
-        places = range(start, len(rollout.token_ids))
-        in_prefix.append([place < rollout.prefix_len for place in places])
+        in_prefix.append([place < rollout.prefix_len for place in range(start, n)])
+        off_policy.append([rollout.trained_prompt is not None] * (n - start))
     contexts = [list(context) for context in row_of]
-    padded_weights = padded(weights, 0.0)
-    weighted = padded_weights != 0
+    where = padded(trained, False)
     return Batch(
         contexts=padded(contexts, pad_id, side="left"),
         contexts_mask=padded([[1] * len(context) for context in contexts], 0, side="left"),
         context_of=torch.tensor([row_of[item.context] for item in items]),
         tokens=padded(rows, pad_id),
         tokens_mask=padded([[1] * len(row) for row in rows], 0),
-        weighted=weighted,
-        weights=padded_weights[weighted].float(),
-        old_logps=padded(old_logps, 0.0)[weighted].float(),
-        in_prefix=padded(in_prefix, False)[weighted],
+        trained=where,
+        weights=padded(weights, 0.0)[where].float(),
+        old_logps=padded(old_logps, 0.0)[where].float(),
+        in_prefix=padded(in_prefix, False)[where],
+        off_policy=padded(off_policy, False)[where],
     )
 
 
@@ -159,21 +202,20 @@ def padded(rows: list[list], value, side: str = "right") -> torch.Tensor:
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-# -----------------------------------------------------------------------------------------
-# log-probs
+# --------------------------------------------------------------------------------------- log-probs
 
 
 def chosen_logps(
     model, batch: Batch, temperature: float, chunk: int = 4096
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probs [M], entropies [M]) of the weighted tokens, at the sampling temperature, in nats.
+    """(log-probs [M], entropies [M]) of the trained tokens, at the sampling temperature, in nats.
 
     Log-probs carry the gradient; entropies do not. chunk: tokens per call of the head.
     """
     hidden_of = hidden_of_shared_contexts if can_share(model) else hidden_of_rows
     hidden = hidden_of(model, batch)  # [B, L, D]
-    hidden = hidden[batch.weighted]  # [M, D] at the position before each token: it predicts it
-    targets = batch.tokens[batch.weighted]  # [M]
+    hidden = hidden[batch.trained]  # [M, D] at the position before each token: it predicts it
+    targets = batch.tokens[batch.trained]  # [M]
     head = model.get_output_embeddings()
     logps, entropies = [], []
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):
@@ -205,44 +247,46 @@ def score(head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float)
     return logps.gather(1, targets[:, None])[:, 0], entropies
 
 
-# -------------------------------------------------------------------------------------- the
-# gradient
+# ------------------------------------------------------------------------------------ the gradient
 
 
-def surrogate(logps: torch.Tensor, batch: Batch, clip: float) -> torch.Tensor:
+def surrogate(logps: torch.Tensor, batch: Batch, clip: float, shape: float = 0.0) -> torch.Tensor:
     """The batch's part of L, a scalar. Paper step 6.
 
     clip = 0: REINFORCE. Else the clipped surrogate min(ratio w, clamp(ratio, 1-clip, 1+clip) w).
+    Off-policy tokens have no ratio: their term is w log p, or w p / (p + shape) with shape > 0,
+    which pulls most on the tokens that the policy finds unlikely (Critique-GRPO: 0.1).
     """
-    if clip == 0:
-        return -(batch.weights * logps).sum()
-    ratio = (logps - batch.old_logps).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * batch.weights, clipped * batch.weights).sum()
+    terms = batch.weights * logps
+    if clip > 0:
+        ratio = (logps - batch.old_logps).exp()
+        clipped = ratio.clamp(1 - clip, 1 + clip)
+        bounded = torch.minimum(ratio * batch.weights, clipped * batch.weights)
+        terms = torch.where(batch.off_policy, terms, bounded)
+    if shape > 0:
+        p = logps.exp()
+        terms = torch.where(batch.off_policy, batch.weights * p / (p + shape), terms)
+    return -terms.sum()
 
 
 def backward(
-    model, rollouts, n_rollouts: int, pad_id: int, cfg, device="cpu", rank: int = 0, ranks: int = 1
+    model, items: list[Weighted], pad_id: int, cfg, device="cpu", rank: int = 0, ranks: int = 1
 ) -> Sums:
-    """Adds the gradient of L over `rollouts`, part of a step of n_rollouts, to the parameters.
+    """Adds the gradient of L over these rollouts to the parameters.
 
     With several processes each takes its part of the rows; their gradients are to be summed, not
-    averaged. Uses cfg.temperature, mask_prefix, length, clip, micro_batch, chunk. Returns the sums
+    averaged. Uses cfg.temperature, clip, off_policy_shape, micro_batch, chunk. Returns the sums
     over this process's tokens.
     """
-    items = []
-    for r in rollouts:
-        if r.advantage != 0:
-            items.append(Weighted(r, token_weights(r, n_rollouts, cfg.mask_prefix, cfg.length)))
     # The method of a sharded model gathers its parameters; see data/parallel.py.
     logps_of = getattr(model, "chosen_logps", None) or partial(chosen_logps, model)
     sums = Sums()
     for part in micro_batches(items, cfg.micro_batch, rank, ranks):
         batch = collate(part, pad_id).to(device)
         logps, entropies = logps_of(batch, cfg.temperature, cfg.chunk)
-        loss = surrogate(logps, batch, cfg.clip)
+        loss = surrogate(logps, batch, cfg.clip, cfg.off_policy_shape)
         loss.backward()
-        sums.add(sums_of(loss, logps, entropies, batch.old_logps, batch.in_prefix))
+        sums.add(sums_of(loss, logps, entropies, batch))
     return sums
 
 
@@ -250,7 +294,7 @@ def micro_batches(items: list[Weighted], size: int, rank: int, ranks: int) -> li
     """This process's micro-batches of at most `size` rollouts: the same number on every process.
 
     Sharded parameters need that all processes run as many forwards. A process that gets no rollout
-    of the last block runs one without weight.
+    of the last block runs one of which nothing is trained.
     """
 
     def order(item):  # like lengths together, for little padding; then groups, for shared contexts
@@ -262,7 +306,8 @@ def micro_batches(items: list[Weighted], size: int, rank: int, ranks: int) -> li
         block = items[at : at + size * ranks]
         share = (len(block) + ranks - 1) // ranks
         part = block[rank * share : (rank + 1) * share]
-        idle = Weighted(block[0].rollout, [0.0] * len(block[0].weights))
+        first = block[0].rollout
+        idle = Weighted(first, [0.0] * len(first.token_ids), [False] * len(first.token_ids))
         mine.append(part or [idle])
     return mine
 
@@ -277,7 +322,8 @@ def demo() -> None:
     set_advantages(group)
     for rollout in group:
         weights = token_weights(rollout, n_rollouts=8)
-        print(f"reward {rollout.reward:.0f}  advantage {rollout.advantage:+.2f}  weights {weights}")
+        advantage = rollout.advantages[0]
+        print(f"reward {rollout.reward:.0f}  advantage {advantage:+.2f}  weights {weights}")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,16 @@ from rollout import Rollout, Task, grouped
 
 @dataclass
 class Sums:
-    """Sums over the weighted tokens of a step. gap = |sampler's - trainer's log-prob|, nats."""
+    """Sums over the trained tokens of a step. gap = |sampler's - trainer's log-prob|, nats."""
 
     loss: float = 0.0
     tokens: int = 0
     entropy: float = 0.0  # nats
-    gap: float = 0.0  # of suffix and base tokens
-    gap_prefix: float = 0.0  # of prefix tokens (only without the prefix mask)
+    gap: float = 0.0  # of tokens that are neither in a prefix nor off-policy
+    gap_prefix: float = 0.0  # of tokens in a prefix, which was sampled earlier than the rest
+    gap_max: float = 0.0  # of all but off-policy tokens
     prefix_tokens: int = 0
-    gap_max: float = 0.0
+    off_policy_tokens: int = 0  # sampled from another prompt: their gap says nothing
 
     def add(self, other: "Sums") -> None:
         for f in fields(self):
@@ -35,17 +36,20 @@ class Sums:
             setattr(self, f.name, max(mine, its) if f.name == "gap_max" else mine + its)
 
 
-def sums_of(loss, logps, entropies, old_logps, in_prefix) -> Sums:
-    """The sums of a micro-batch: loss a scalar, the others [M], one for each weighted token."""
-    gap = (logps.detach() - old_logps).abs()
+def sums_of(loss, logps, entropies, batch) -> Sums:
+    """The sums of a micro-batch. loss: scalar; logps, entropies: [M]; batch: loss.Batch."""
+    gap = (logps.detach() - batch.old_logps).abs()
+    on_policy = ~batch.off_policy
+    in_prefix = batch.in_prefix & on_policy
     return Sums(
         loss=loss.item(),
         tokens=len(logps),
         entropy=entropies.sum().item(),
-        gap=gap[~in_prefix].sum().item(),
+        gap=gap[on_policy & ~in_prefix].sum().item(),
         gap_prefix=gap[in_prefix].sum().item(),
+        gap_max=max(gap[on_policy].tolist(), default=0.0),
         prefix_tokens=int(in_prefix.sum()),
-        gap_max=max(gap.tolist(), default=0.0),
+        off_policy_tokens=int(batch.off_policy.sum()),
     )
 
 
@@ -58,28 +62,36 @@ class Update:
 
 
 def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]) -> dict:
-    """What can be read from the records of one step."""
+    """What can be read from the records of one step, whatever groups and purposes a method has."""
     base_groups, suffix_groups = [], []
-    for (_, k), members in grouped(rollouts).items():
-        (base_groups if k == 0 else suffix_groups).append(members)
-    tokens = Counter()
+    for members in grouped(rollouts).values():
+        (suffix_groups if is_reset(members) else base_groups).append(members)
+    base = [r for r in chain(*base_groups) if r.seed is None]  # sampled from the prompt
+    tokens = Counter(dict.fromkeys(PURPOSES, 0))
     for rollout in generated:
         tokens[rollout.purpose] += rollout.generated
-    purposes = ("base", "seed", "localization", "suffix", "oracle")
+    response_tokens = [len(rollout.token_ids) for rollout in rollouts]
     return {
-        "pass_base": mean_reward(base_groups),
+        "pass_base": mean([rollout.reward for rollout in base]),
         "pass_suffix": mean_reward(suffix_groups),
         "zero_variance_base": share_of_flat(base_groups),
         "zero_variance_suffix": share_of_flat(suffix_groups),
         **reset_metrics(suffix_groups, tasks),
-        "tokens": {purpose: tokens[purpose] for purpose in purposes},
+        "tokens": dict(tokens),
         "verifier_calls": sum(rollout.reward is not None for rollout in generated),
-        "masked_share": sum(r.prefix_len for r in rollouts)
-        / sum(len(r.token_ids) for r in rollouts),
-        "response_tokens": mean([len(rollout.token_ids) for rollout in rollouts]),
+        "masked_share": sum(r.prefix_len for r in rollouts) / sum(response_tokens),
+        "response_tokens": mean(response_tokens),
         "thoughts": mean([len(rollout.thought_ends) for rollout in rollouts]),
         "finish": dict(Counter(rollout.finish for rollout in rollouts)),
     }
+
+
+PURPOSES = ("base", "seed", "localization", "suffix", "oracle")  # of the methods in rollout.py
+
+
+def is_reset(members: list[Rollout]) -> bool:
+    """Whether a group continues a reset state, and is trained from there."""
+    return all(r.seed is not None and r.trained_from is None for r in members)
 
 
 def reset_metrics(suffix_groups: list[list[Rollout]], tasks: list[Task]) -> dict:
@@ -110,17 +122,18 @@ def update_metrics(update: Update | None) -> dict:
     """What the gradient step reports: means over its trained tokens, nats; None without one."""
     if update is None:
         names = ("loss", "entropy", "grad_norm", "gap", "gap_prefix", "gap_max")
-        return {"trained_tokens": 0} | dict.fromkeys(names)
+        return {"trained_tokens": 0, "off_policy_tokens": 0} | dict.fromkeys(names)
     sums = update.sums
-    in_prefix = sums.prefix_tokens
+    others = sums.prefix_tokens + sums.off_policy_tokens
     return {
         "trained_tokens": sums.tokens,
         "loss": sums.loss,
         "entropy": sums.entropy / sums.tokens,
         "grad_norm": update.grad_norm,
-        "gap": sums.gap / max(1, sums.tokens - in_prefix),
-        "gap_prefix": sums.gap_prefix / in_prefix if in_prefix else None,
+        "gap": sums.gap / max(1, sums.tokens - others),
+        "gap_prefix": sums.gap_prefix / sums.prefix_tokens if sums.prefix_tokens else None,
         "gap_max": sums.gap_max,
+        "off_policy_tokens": sums.off_policy_tokens,
     }
 
 
@@ -133,8 +146,8 @@ def mean_reward(groups: list[list[Rollout]]) -> float | None:
 
 
 def share_of_flat(groups: list[list[Rollout]]) -> float | None:
-    """Share of groups without variance: they teach nothing."""
-    return mean([not any(rollout.advantage for rollout in members) for members in groups])
+    """Share of groups that teach nothing: all their advantages are zero."""
+    return mean([not any(any(rollout.advantages) for rollout in group) for group in groups])
 
 
 class Clock:
