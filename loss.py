@@ -73,8 +73,7 @@ def token_weights(
     return [0.0] * masked + [rollout.advantage / (divisor * n_rollouts)] * trained
 
 
-# ---------------------------------------------------------------------------------------------
-# batch
+# ------------------------------------------------------------------------------------------- batch
 
 
 @dataclass
@@ -159,8 +158,7 @@ def padded(rows: list[list], value, side: str = "right") -> torch.Tensor:
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-# -----------------------------------------------------------------------------------------
-# log-probs
+# --------------------------------------------------------------------------------------- log-probs
 
 
 def chosen_logps(
@@ -205,8 +203,7 @@ def score(head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float)
     return logps.gather(1, targets[:, None])[:, 0], entropies
 
 
-# -------------------------------------------------------------------------------------- the
-# gradient
+# ------------------------------------------------------------------------------------ the gradient
 
 
 def surrogate(logps: torch.Tensor, batch: Batch, clip: float) -> torch.Tensor:
