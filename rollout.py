@@ -755,7 +755,7 @@ def make_engine(
             fault = f"vLLM cannot be used: {type(error).__name__}: {reason}"
         faults = [fault for fault in gather(fault) if fault]
         if faults and name == "vllm":
-            raise UserError(f"--engine vllm: {faults[0]}; see README, Install, or use --engine hf")
+            raise UserError(f"--engine vllm: {faults[0]}; see README, Run it, or use --engine hf")
         if faults:
             engine, why = None, faults[0]
         elif name == "auto":
