@@ -34,8 +34,7 @@ from data.contexts import can_share, hidden_of_shared_contexts, positions
 from data.metrics import Sums, sums_of
 from rollout import Rollout, grouped
 
-# ---------------------------------------------------------------------------- advantages and
-# weights
+# -------------------------------------------------------------------------- advantages and weights
 
 
 def set_advantages(rollouts: list[Rollout], normalize: bool = True) -> None:
@@ -64,7 +63,7 @@ def token_weights(
     """Weight of each response token in the loss: A / (|T| N) on T, 0 on a masked prefix.
 
     A = 1.5, 5 tokens of which 2 are the shared prefix, N = 8  ->  [0, 0, 1/16, 1/16, 1/16].
-    length="response" (ours) divides by the whole response, prefix included, so that a short suffix is
+    length="response" (ours) divides by the whole response, prefix included: a short suffix is then
     not louder than a base rollout  ->  [0, 0, 3/80, 3/80, 3/80].
     """
     masked = rollout.prefix_len if mask_prefix else 0

@@ -43,31 +43,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import runs
+from data import parallel, policies, runs
 from data.curves import by_name, draw_curves
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.metrics import Clock, Sums, Update, step_metrics, update_metrics
-from data.parallel import (
-    StopRequest,
-    connect,
-    gather,
-    on_main,
-    processes,
-    rank,
-    shard,
-    whole,
-    whole_weights,
-)
-from data.policies import (
-    EMBEDDED,
-    add_adapters,
-    checkpoint_layers,
-    encode_all,
-    layers_of,
-    load_policy,
-    policy_source,
-)
+from data.parallel import gather, on_main, processes, rank, whole_weights
 from data.problems import Problem
 from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER, check_machine
@@ -204,7 +185,7 @@ class Config(*GROUPS):
         return self
 
     def usual_lr(self) -> float:
-        if Path(policy_source(self.model)).resolve() == EMBEDDED:
+        if Path(policies.policy_source(self.model)).resolve() == policies.EMBEDDED:
             return 5e-4
         return 5e-5 if self.lora_rank else 1e-6
 
@@ -271,7 +252,7 @@ def train(cfg: Config) -> dict:
     """Runs cfg.steps steps. Returns {"before": pass rate, "after": pass rate, "out_dir": path}."""
     start_time = time.time()
     run = set_up(cfg)
-    stop, stopping = StopRequest(), False
+    stop, stopping = parallel.StopRequest(), False
     bar = progress_bar(run)
     for step in bar:
         clock = Clock()
@@ -355,7 +336,7 @@ def update_policy(run: "Training", rollouts: list[Rollout], clock: "Clock") -> U
             run.model, rollouts, len(rollouts), pad_id, cfg, run.device, rank(), processes()
         )
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
-        grad_norm = whole(norm).item()
+        grad_norm = parallel.whole(norm).item()
         if not np.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the gradient of step {run.progress.step + 1} is not finite; "
@@ -424,7 +405,7 @@ class Training:
 def set_up(cfg: Config) -> Training:
     """Loads everything, checks everything, and only then writes to the run directory."""
     train_problems, eval_problems = load_data(cfg)
-    device, sharded = connect()
+    device, sharded = parallel.connect()
     out_dir = Path(cfg.resume or cfg.out_dir or on_main(new_out_dir, cfg))
     last_checkpoint = None
     if cfg.resume:
@@ -432,11 +413,11 @@ def set_up(cfg: Config) -> Training:
     else:
         on_main(runs.check_new, out_dir)
     dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
-    model, tokenizer = load_policy(cfg.model, dtype)
+    model, tokenizer = policies.load_policy(cfg.model, dtype)
     longest = model.config.get_text_config().max_position_embeddings
     context = min(cfg.context or longest, longest)
-    train_prompts = encode_all(tokenizer, train_problems, context, cfg.train_data)
-    eval_prompts = encode_all(tokenizer, eval_problems, context, cfg.eval_data)
+    train_prompts = policies.encode_all(tokenizer, train_problems, context, cfg.train_data)
+    eval_prompts = policies.encode_all(tokenizer, eval_problems, context, cfg.eval_data)
     n_parameters = sum(p.numel() for p in model.parameters())
     copy_on = device if sharded else None
     limits = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_on)
@@ -489,11 +470,11 @@ def new_out_dir(cfg: Config) -> str:
 def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
     """Makes the loaded model the one that is trained, in place: adapters, checkpointing, shards."""
     if cfg.lora_rank:
-        add_adapters(model, cfg.lora_rank)
+        policies.add_adapters(model, cfg.lora_rank)
     if cfg.grad_checkpointing:
-        checkpoint_layers(model)
+        policies.checkpoint_layers(model)
     if sharded:
-        shard(model, layers_of(model), device, chosen_logps)
+        parallel.shard(model, policies.layers_of(model), device, chosen_logps)
 
 
 def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> None:
@@ -520,7 +501,7 @@ def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> Non
             print(f"step 0: held-out pass rate {run.after:.3f}")
 
 
-# --------------------------------------------------------------------------------- the end of a step
+# -------------------------------------------------------------------------------- the end of a step
 
 
 def evaluate_log_and_save(run: Training, bar: tqdm, line: dict, last: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the tests share: the embedded policy, usual settings, and a policy small enough to enumerate.
+"""What the tests share: the embedded policy, usual settings, and a policy that can be enumerated.
 
 `Enumerable` is a real tiny transformer whose responses can all be listed. On it a test computes an
 expectation over ALL outcomes of a program, and needs no tolerance for sampling noise.

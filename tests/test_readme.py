@@ -1,4 +1,4 @@
-"""What the README says is so: its example runs, its names exist, its table follows from its formula."""
+"""What the README says is so: its example runs, its names exist, its table is its formula."""
 
 import importlib
 import re

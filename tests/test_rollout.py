@@ -434,7 +434,7 @@ def test_greedy_draw():
 
 
 def test_responses_fit_into_the_context(policy):
-    """A prompt that leaves little room gets a short response that ends by "length", not an error."""
+    """A prompt that leaves little room gets a short response that ends by "length"."""
     (task,) = policy.tasks(6, 1)
     task.context = len(task.prompt_ids) + 5
     ((rollout,),) = policy.engine.sample([task.request("base", 1)])
