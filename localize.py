@@ -30,7 +30,7 @@ from data.driver import run_programs
 from data.faults import UserError, counters
 from data.policies import encode_prompt, load_policy, locate_token
 from data.verifiers import DELIMITER, last_boxed
-from rollout import HFEngine, Request, Rollout, Task, grpo, make_tasks
+from rollout import HFEngine, Rollout, Task, grpo, make_tasks
 
 # A backslash at the end of a line joins it with the next one: the lines that the policy reads are
 # long.

@@ -27,15 +27,15 @@ Left out: training and sampling on different GPUs or at the same time (no longer
 """
 
 import os
+import re
 import sys
 import time
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Literal, Optional
+from typing import Callable, ClassVar, Literal, Optional
 
 import numpy as np
 import torch
@@ -43,38 +43,19 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import runs
+from data import parallel, policies, runs
 from data.curves import by_name, draw_curves
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.metrics import Clock, Sums, Update, step_metrics, update_metrics
-from data.parallel import (
-    StopRequest,
-    connect,
-    gather,
-    on_main,
-    processes,
-    rank,
-    shard,
-    whole,
-    whole_weights,
-)
-from data.policies import (
-    EMBEDDED,
-    add_adapters,
-    checkpoint_layers,
-    encode_all,
-    layers_of,
-    load_policy,
-    policy_source,
-)
+from data.parallel import gather, on_main, processes, rank, whole_weights
 from data.problems import Problem
 from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER, check_machine
 from eval import evaluate
 from localize import LOCALIZERS, check_localizer
-from loss import backward, chosen_logps, set_advantages
-from rollout import PROGRAMS, Engine, Rollout, Task, make_engine, records_of
+from loss import backward, chosen_logps, set_advantages, weigh
+from rollout import Engine, Rollout, Task, load_program, make_engine, records_of, trained_rollouts
 
 # torch says so when one process saves a checkpoint, which is what we mean
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -89,8 +70,10 @@ def setting(default, help: str):
 @dataclass
 class MethodSettings:
     _argument_group_name: ClassVar[str] = "method"
-    method: Literal["srpo", "rrpo", "grpo"] = setting(
-        "srpo", "srpo resets at the located error, rrpo at a random thought, grpo never"
+    method: str = setting(
+        "srpo",
+        "srpo resets at the located error, rrpo at a random thought, grpo never; "
+        "MODULE:FUNCTION or FILE.py:FUNCTION is a program of your own",
     )
     split: Literal["1x4", "2x4", "1x8"] = setting(
         "1x4", "prefixes x suffixes of 8 trained rollouts a prompt; the rest is the base group"
@@ -114,8 +97,13 @@ class MethodSettings:
     max_seed_draws: int = setting(8, "fresh draws for a prompt in search of a failure, at most")
     correct: float = setting(1.0, "a reward below this is a failure")
     mask_prefix: bool = setting(True, "train suffix rollouts on their suffix only")
-    length: Literal["trained", "response"] = setting(
-        "trained", "a token weighs A over the trained tokens (paper), or over the whole response"
+    length: Literal["trained", "response", "step"] = setting(
+        "trained",
+        "a token weighs A over its rollout's trained tokens (paper), its whole response, "
+        "or all trained tokens of the step",
+    )
+    off_policy_shape: float = setting(
+        0.0, "off-policy tokens weigh A p / (p + this), Critique-GRPO: 0.1; 0: A log p"
     )
     clip: float = setting(0.0, "epsilon of the clipped surrogate; 0: plain REINFORCE")
     updates: int = setting(1, "gradient steps on each buffer; above 1 is off-policy: use --clip")
@@ -181,7 +169,7 @@ POSITIVE = (
     "eval_problems eval_samples save_every localize_tokens oracle_samples tp"
 ).split()
 NOT_NEGATIVE = (
-    "base prefixes suffixes max_seed_draws eval_every rollouts_every seed clip "
+    "base prefixes suffixes max_seed_draws eval_every rollouts_every seed clip off_policy_shape "
     "localize_temperature lora_rank"
 ).split()
 
@@ -192,7 +180,8 @@ class Config(*GROUPS):
 
     def resolve(self) -> "Config":
         """Fills in the defaults that depend on other settings, and checks all of them."""
-        base, prefixes, suffixes = (8, 0, 0) if self.method == "grpo" else SPLITS[self.split]
+        resets = self.method in ("srpo", "rrpo")
+        base, prefixes, suffixes = SPLITS[self.split] if resets else (8, 0, 0)
         self.base = base if self.base is None else self.base
         self.prefixes = prefixes if self.prefixes is None else self.prefixes
         self.suffixes = suffixes if self.suffixes is None else self.suffixes
@@ -204,7 +193,7 @@ class Config(*GROUPS):
         return self
 
     def usual_lr(self) -> float:
-        if Path(policy_source(self.model)).resolve() == EMBEDDED:
+        if Path(policies.policy_source(self.model)).resolve() == policies.EMBEDDED:
             return 5e-4
         return 5e-5 if self.lora_rank else 1e-6
 
@@ -246,7 +235,7 @@ class Config(*GROUPS):
         Left out: the seed, and what does not change what is computed.
         """
         parts = [self.method]
-        if self.method != "grpo":
+        if self.prefixes:
             parts.append(f"{self.prefixes}x{self.suffixes}")
         usual = Config(
             method=self.method, split=self.split, model=self.model, lora_rank=self.lora_rank
@@ -271,7 +260,7 @@ def train(cfg: Config) -> dict:
     """Runs cfg.steps steps. Returns {"before": pass rate, "after": pass rate, "out_dir": path}."""
     start_time = time.time()
     run = set_up(cfg)
-    stop, stopping = StopRequest(), False
+    stop, stopping = parallel.StopRequest(), False
     bar = progress_bar(run)
     for step in bar:
         clock = Clock()
@@ -280,8 +269,8 @@ def train(cfg: Config) -> dict:
         # 1 to 4. Base group, seed, reset index h*, suffix group: the programs of all prompts sample
         # together, each process its share, and the verifier grades.
         tasks = tasks_of_step(run, step)
-        sampled = run_programs([PROGRAMS[cfg.method](task) for task in tasks], run.engine)
-        rollouts = list(chain(*sampled.results))  # what is trained on
+        sampled = run_programs([run.program(task) for task in tasks], run.engine)
+        rollouts = trained_rollouts(cfg.method, sampled)
         clock.add(sampled.seconds)
 
         # 5. Advantages, inside each group.
@@ -344,18 +333,18 @@ def permutation(n_problems: int, run_seed: int, epoch: int) -> np.ndarray:
 def update_policy(run: "Training", rollouts: list[Rollout], clock: "Clock") -> Update | None:
     """Paper steps 6 and 7, and the new weights to the engine. None: no group has variance."""
     cfg = run.cfg
-    if not any(rollout.advantage for rollout in rollouts):
+    # Only rollouts with some weight are run. A fork with an entropy bonus or a KL term keeps all.
+    items = [item for item in weigh(rollouts, cfg) if any(item.weights)]
+    if not items:
         counters["no_update"] += 1
         return None
     run.engine.sleep()
     for _ in range(cfg.updates):
         run.optimizer.zero_grad(set_to_none=True)
         pad_id = run.tokenizer.pad_token_id
-        mine = backward(
-            run.model, rollouts, len(rollouts), pad_id, cfg, run.device, rank(), processes()
-        )
+        mine = backward(run.model, items, pad_id, cfg, run.device, rank(), processes())
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
-        grad_norm = whole(norm).item()
+        grad_norm = parallel.whole(norm).item()
         if not np.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the gradient of step {run.progress.step + 1} is not finite; "
@@ -407,6 +396,7 @@ class Training:
     """The parts of a run, and where it is."""
 
     cfg: Config
+    program: Callable  # the method: Task -> generator, see rollout.py
     device: torch.device
     model: torch.nn.Module
     tokenizer: object
@@ -423,8 +413,9 @@ class Training:
 
 def set_up(cfg: Config) -> Training:
     """Loads everything, checks everything, and only then writes to the run directory."""
+    program = load_program(cfg.method)
     train_problems, eval_problems = load_data(cfg)
-    device, sharded = connect()
+    device, sharded = parallel.connect()
     out_dir = Path(cfg.resume or cfg.out_dir or on_main(new_out_dir, cfg))
     last_checkpoint = None
     if cfg.resume:
@@ -432,11 +423,11 @@ def set_up(cfg: Config) -> Training:
     else:
         on_main(runs.check_new, out_dir)
     dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
-    model, tokenizer = load_policy(cfg.model, dtype)
+    model, tokenizer = policies.load_policy(cfg.model, dtype)
     longest = model.config.get_text_config().max_position_embeddings
     context = min(cfg.context or longest, longest)
-    train_prompts = encode_all(tokenizer, train_problems, context, cfg.train_data)
-    eval_prompts = encode_all(tokenizer, eval_problems, context, cfg.eval_data)
+    train_prompts = policies.encode_all(tokenizer, train_problems, context, cfg.train_data)
+    eval_prompts = policies.encode_all(tokenizer, eval_problems, context, cfg.eval_data)
     n_parameters = sum(p.numel() for p in model.parameters())
     copy_on = device if sharded else None
     limits = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_on)
@@ -451,6 +442,7 @@ def set_up(cfg: Config) -> Training:
     trained = [p for p in model.parameters() if p.requires_grad]
     run = Training(
         cfg=cfg,
+        program=program,
         device=device,
         model=model,
         tokenizer=tokenizer,
@@ -481,19 +473,20 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
 
 
 def new_out_dir(cfg: Config) -> str:
-    resets = "" if cfg.method == "grpo" else f"-{cfg.prefixes}x{cfg.suffixes}"
+    method = re.sub(r"[^\w.-]+", "-", cfg.method).strip("-")
+    resets = f"-{cfg.prefixes}x{cfg.suffixes}" if cfg.prefixes else ""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return str(runs.ROOT / "runs" / f"{cfg.method}{resets}-seed{cfg.seed}-{stamp}")
+    return str(runs.ROOT / "runs" / f"{method}{resets}-seed{cfg.seed}-{stamp}")
 
 
 def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
     """Makes the loaded model the one that is trained, in place: adapters, checkpointing, shards."""
     if cfg.lora_rank:
-        add_adapters(model, cfg.lora_rank)
+        policies.add_adapters(model, cfg.lora_rank)
     if cfg.grad_checkpointing:
-        checkpoint_layers(model)
+        policies.checkpoint_layers(model)
     if sharded:
-        shard(model, layers_of(model), device, chosen_logps)
+        parallel.shard(model, policies.layers_of(model), device, chosen_logps)
 
 
 def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> None:
@@ -520,7 +513,7 @@ def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> Non
             print(f"step 0: held-out pass rate {run.after:.3f}")
 
 
-# --------------------------------------------------------------------------------- the end of a step
+# -------------------------------------------------------------------------------- the end of a step
 
 
 def evaluate_log_and_save(run: Training, bar: tqdm, line: dict, last: bool) -> None:

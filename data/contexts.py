@@ -5,20 +5,19 @@ The rollouts of a base group share their prompt, those of a suffix group their r
 states, but runs each distinct context once, and the gradient goes back to it through its keys and
 values. Measured: GAIN
 
-Left out: layers that keep something else than keys and values (sliding windows, state spaces):
-there `loss.py` runs whole rows.
+Left out: layers that keep something else than keys and values (state spaces, also where they stand
+beside attention): there `loss.py` runs whole rows.
 """
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 def can_share(model) -> bool:
     """Whether every layer of the model keeps just keys and values."""
-    return all(
-        isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers
-    )
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def hidden_of_shared_contexts(model, batch) -> torch.Tensor:

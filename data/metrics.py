@@ -147,7 +147,11 @@ def mean_reward(groups: list[list[Rollout]]) -> float | None:
 
 def share_of_flat(groups: list[list[Rollout]]) -> float | None:
     """Share of groups that teach nothing: all their advantages are zero."""
-    return mean([not any(any(rollout.advantages) for rollout in group) for group in groups])
+    return mean([is_flat(members) for members in groups])
+
+
+def is_flat(members: list[Rollout]) -> bool:
+    return not any(any(rollout.advantages) for rollout in members)
 
 
 class Clock:

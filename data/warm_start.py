@@ -292,11 +292,14 @@ def reviews_of_failures(args, at: int, sampler: Sampler) -> list[list]:
 
 CARD = """# A warm start for SRPO
 
-{model}, after {format_steps} supervised steps of {rows} solutions and {review_steps} of as many reviews and solutions in turn ({reviews} reviews of its own failures),
-AdamW at {lr:g}, seed {seed}: `python -m data.warm_start {command}`. It solves problems of data/english.py, thought by thought, and names the first wrong thought
-of its failures. Good for trying `srpo.py` on, and for nothing else.
+{model}, after {format_steps} supervised steps of {rows} solutions and {review_steps} of as many
+reviews and solutions in turn ({reviews} reviews of its own failures), AdamW at {lr:g}, seed {seed}:
+`python -m data.warm_start {command}`. It solves problems of data/english.py, thought by thought,
+and names the first wrong thought of its failures. Good for trying `srpo.py` on, and for nothing
+else.
 
-Held-out problems, {measure} for each number of operations, 8 responses each at T = 1 (half a 95% interval over problems):
+Held-out problems, {measure} for each number of operations, 8 responses each at T = 1 (half a 95%
+interval over problems):
 
 | | pass@1 | pass@8 | responses with a box | tokens |
 |---|---|---|---|---|

@@ -1,9 +1,17 @@
-"""Shared parts: the embedded policy, settings for tasks, and a policy small enough to enumerate."""
+"""What the tests share: the embedded policy, usual settings, and a policy that can be enumerated.
 
-import itertools
+`Enumerable` is a real tiny transformer whose responses can all be listed. On it a test computes an
+expectation over ALL outcomes of a program, and needs no tolerance for sampling noise.
+
+Left out: fixtures that only one test file needs; they are in that file.
+"""
+
 import math
 import os
 import sys
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,23 +29,40 @@ from data.policies import encode_question, load_policy  # noqa: E402
 from data.problems import Problem  # noqa: E402
 from data.thoughts import Vocabulary  # noqa: E402
 from localize import LOCALIZERS  # noqa: E402
-from rollout import HFEngine, Rollout, Task  # noqa: E402
+from rollout import HFEngine, Request, Rollout, Task  # noqa: E402
 
 POLICY = ROOT / "data" / "policy"
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # of what the tests start; here too: for models this small two threads mostly wait for each other, and beside other work that takes ten times as long
-)
+# One thread, here and in what the tests start: for models this small two threads mostly wait for
+# each other, and beside other work that takes ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
 def settings(**changed):
     """The settings that programs, localizers and the loss read."""
     usual = dict(
-        base=4, prefixes=1, suffixes=4, seed_source="base", seed_choice="first", max_seed_draws=8, correct=1.0, temperature=1.0, top_p=1.0, max_thoughts=20,
-        max_tokens_per_thought=256, localize_fallback="random", localize_temperature=0.3, localize_tokens=256, oracle_samples=4, oracle_tau=0.1, mask_prefix=True, length="trained",
-        clip=0.0, micro_batch=64, chunk=4096,
-    )  # fmt: skip
+        base=4,
+        prefixes=1,
+        suffixes=4,
+        seed_source="base",
+        max_seed_draws=8,
+        correct=1.0,
+        temperature=1.0,
+        top_p=1.0,
+        max_thoughts=20,
+        max_tokens_per_thought=256,
+        localize_fallback="random",
+        localize_temperature=0.3,
+        localize_tokens=256,
+        oracle_samples=4,
+        oracle_tau=0.1,
+        mask_prefix=True,
+        length="trained",
+        clip=0.0,
+        micro_batch=64,
+        chunk=4096,
+    )
     return SimpleNamespace(**(usual | changed))
 
 
@@ -49,20 +74,21 @@ class Policy:
         self.engine = HFEngine(self.model, self.tokenizer)
 
     def tasks(self, steps, n, localizer="verifier", seed=0, **changed):
-        cfg = settings(**changed)
-        return [
-            Task(
-                p,
-                encode_question(self.tokenizer, p),
-                slot,
-                cfg,
-                self.engine.vocabulary,
-                LOCALIZERS[localizer],
-                np.random.default_rng([seed, slot]),
-                384,
+        """n tasks on chains of this many steps. seed: as in generate_chains."""
+        tasks = []
+        for slot, problem in enumerate(generate_chains(steps, n, seed)):
+            task = Task(
+                problem=problem,
+                prompt_ids=encode_question(self.tokenizer, problem),
+                slot=slot,
+                cfg=settings(**changed),
+                vocabulary=self.engine.vocabulary,
+                localize=LOCALIZERS[localizer],
+                rng=np.random.default_rng([seed, slot]),
+                context=384,
             )
-            for slot, p in enumerate(generate_chains(steps, n, seed))
-        ]
+            tasks.append(task)
+        return tasks
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +101,7 @@ def fresh_counters():
     counters.clear()
 
 
-# --------------------------------------------------------------------------------------------------------- enumerable policy
+# ------------------------------------------------------------------------------- enumerable policy
 
 
 class Letters:
@@ -86,7 +112,9 @@ class Letters:
     unk_token_id = None
 
     def __init__(self, pieces, eos=None):
-        self.pieces, self.eos_token_id, self.pad_token_id = pieces, eos, 0
+        self.pieces = pieces
+        self.eos_token_id = eos
+        self.pad_token_id = 0
 
     def get_vocab(self):
         return {piece: i for i, piece in enumerate(self.pieces)}
@@ -98,103 +126,141 @@ class Letters:
         return "".join(self.pieces[i] for i in ids)
 
 
+@dataclass
+class Outcome:
+    """One way in which a request, or a whole program, comes out."""
+
+    rollouts: list[Rollout]
+    probability: float
+
+
 class Enumerable:
-    """A real tiny transformer over V letters whose responses are exactly H one-letter thoughts: all V^H of them can be listed.
+    """A real tiny transformer over V letters whose responses are exactly H one-letter thoughts.
 
-    `correct` holds the responses (tuples of letters) that earn 1."""
+    All V^H responses can be listed. `correct` holds those (tuples of letters) that earn 1.
+    """
 
-    def __init__(self, V, H, correct, seed=0):
-        self.V, self.H, self.correct = V, H, correct
-        torch.manual_seed(seed)
+    def __init__(self, V, H, correct, rng_key=0):
+        self.V = V
+        self.H = H
+        self.correct = correct
+        torch.manual_seed(rng_key)
         config = LlamaConfig(
-            vocab_size=V, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=16, tie_word_embeddings=False,
-            pad_token_id=0, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
+            vocab_size=V,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=16,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         self.model = LlamaForCausalLM(config)
         with torch.no_grad():
             self.model.lm_head.weight.mul_(40)  # far from uniform
         self.tokenizer = Letters("abcdef"[:V])
         self.engine = HFEngine(self.model, self.tokenizer)
         self.prompt = [0]
-        self.responses = list(itertools.product(range(V), repeat=H))
+        self.responses = list(product(range(V), repeat=H))
 
     def logps(self, response, prompt=None):
-        """Log-probs [len(response)] with gradient, one plain forward."""
+        """Log-probs [len(response)] with gradient, by one plain forward."""
         prompt = prompt or self.prompt
         ids = torch.tensor([prompt + list(response)])
         logits = self.model(ids).logits[0, len(prompt) - 1 : -1]
         return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
 
+    @cached_property
+    def all_logps(self):
+        """The log-probs of every response, as lists."""
+        with torch.no_grad():
+            return {response: self.logps(response).tolist() for response in self.responses}
+
     def value(self, prefix=()):
-        """Pass rate from a state, with gradient: sum of the probabilities of the right continuations."""
+        """V(prefix) with gradient: the summed probability of its correct continuations."""
         total = torch.zeros(())
         for response in self.responses:
             if response[: len(prefix)] == tuple(prefix) and response in self.correct:
                 total = total + self.logps(response)[len(prefix) :].sum().exp()
         return total
 
-    def task(self, localize=None, rng=None, **changed):
-        cfg = settings(max_thoughts=self.H, max_tokens_per_thought=1, **changed)
-        letters = {"".join(self.tokenizer.pieces[i] for i in response) for response in self.correct}
+    def task(self, localize=None, **changed):
+        texts = {self.tokenizer.decode(response) for response in self.correct}
+
+        def grade(text):
+            return float(text in texts)
+
         problem = Problem(0, "", "", "integer")
-        problem.grade = lambda text: float(text in letters)
+        problem.grade = grade
         return Task(
-            problem,
-            self.prompt,
-            0,
-            cfg,
-            Vocabulary(self.tokenizer),
-            localize,
-            rng or np.random.default_rng(0),
-            16,
+            problem=problem,
+            prompt_ids=self.prompt,
+            slot=0,
+            cfg=settings(max_thoughts=self.H, max_tokens_per_thought=1, **changed),
+            vocabulary=Vocabulary(self.tokenizer),
+            localize=localize,
+            rng=np.random.default_rng(0),
+            context=16,
         )
 
-    def outcomes(self, request):
-        """Every way a request can come out: [(n rollouts, probability)]."""
+    def outcomes(self, request: Request):
+        """Every way a request can come out: yields Outcomes of n rollouts."""
         prefix = tuple(request.prefix_ids)
-        singles = []
-        for response in self.responses:
-            if response[: len(prefix)] == prefix:
-                logps = self.all_logps[response]
-                singles.append((response, logps, math.exp(sum(logps[len(prefix) :]))))
-        for chosen in itertools.product(singles, repeat=request.n):
-            rollouts = [
-                Rollout(0, request.purpose, self.prompt, list(response), list(logps), list(range(1, self.H + 1)), "thoughts",
-                        text=self.tokenizer.decode(response), prefix_len=len(prefix))
-                for response, logps, _ in chosen
-            ]  # fmt: skip
-            for rollout in rollouts:
-                rollout.reward = request.grade(rollout.text)
-            yield rollouts, math.prod(p for _, _, p in chosen)
+        possible = [response for response in self.responses if response[: len(prefix)] == prefix]
+        for responses in product(possible, repeat=request.n):
+            probability = 1.0
+            for response in responses:
+                probability *= math.exp(sum(self.all_logps[response][len(prefix) :]))
+            yield Outcome([self.rollout(request, response) for response in responses], probability)
 
-    @property
-    def all_logps(self):
-        if not hasattr(self, "_logps"):
-            with torch.no_grad():
-                self._logps = {
-                    response: self.logps(response).tolist() for response in self.responses
-                }
-        return self._logps
+    def rollout(self, request: Request, response) -> Rollout:
+        """The graded record that the engine would make of this response."""
+        text = self.tokenizer.decode(response)
+        return Rollout(
+            problem=0,
+            purpose=request.purpose,
+            prompt_ids=self.prompt,
+            token_ids=list(response),
+            logps=list(self.all_logps[response]),
+            thought_ends=list(range(1, self.H + 1)),
+            finish="thoughts",
+            text=text,
+            prefix_len=len(request.prefix_ids),
+            reward=request.grade(text),
+            seed=request.seed,
+            reset=request.reset,
+            localized=request.localized,
+        )
 
-    def run_all(self, program_of):
-        """Every way a whole program can come out: yields (buffer, probability). `program_of()` starts it afresh."""
+    def run_all(self, start_program):
+        """Every way a whole program can come out: yields an Outcome for each buffer it returns.
 
-        def walk(answers, probability):
-            program = program_of()
-            try:
-                requests = program.send(None)
-                for answer in answers:
-                    requests = program.send(copied(answer))
-            except StopIteration as done:
-                yield done.value, probability
-                return
-            for combination in itertools.product(*(list(self.outcomes(r)) for r in requests)):
-                yield from walk(
-                    answers + [[rollouts for rollouts, _ in combination]],
-                    probability * math.prod(p for _, p in combination),
-                )
+        start_program() starts the program afresh.
+        """
+        yield from self.continue_all(start_program, [], 1.0)
 
-        def copied(answer):  # programs write groups and seeds into the records they are sent
-            return [[Rollout(**vars(r)) for r in group] for group in answer]
+    def continue_all(self, start_program, answers, probability):
+        """The same, given the answers to the program's first yields and their probability."""
+        program = start_program()
+        try:
+            requests = program.send(None)
+            for answer in answers:
+                requests = program.send(copied(answer))
+        except StopIteration as done:
+            yield Outcome(done.value, probability)
+            return
+        possible = [list(self.outcomes(request)) for request in requests]
+        for outcomes in product(*possible):
+            answer = [outcome.rollouts for outcome in outcomes]
+            p = math.prod(outcome.probability for outcome in outcomes)
+            yield from self.continue_all(start_program, [*answers, answer], probability * p)
 
-        yield from walk([], 1.0)
+
+def copied(answer):
+    """Copies of an answer's rollouts: programs write groups into the records that they are sent."""
+    copies = []
+    for group in answer:
+        copies.append([Rollout(**vars(rollout)) for rollout in group])
+    return copies

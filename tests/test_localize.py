@@ -9,7 +9,9 @@ from data.faults import counters
 from data.problems import Problem
 from data.thoughts import Vocabulary
 from localize import by_oracle, by_random, by_self, localization_prompt, parse_localization
-from rollout import Rollout, Task, resets
+from rollout import Rollout, Task, grouped, resets
+
+# ------------------------------------------------------------------------------------------ parsing
 
 
 @pytest.mark.parametrize(
@@ -48,36 +50,35 @@ def test_parsing(text, answer):
     assert parse_localization(text, H=5) == answer
 
 
-def drive(generator, answers=()):
-    """Sends canned texts to a localizer and returns its result."""
-    answers, message = iter(answers), None
-    try:
-        while True:
-            requests = generator.send(message)
-            message = [
-                [Rollout(0, r.purpose, r.prompt_ids, [1], [0.0], [1], "eos", text=next(answers))]
-                for r in requests
-            ]
-    except StopIteration as done:
-        return done.value
-
-
-def seed_of(H):
+def rollout_of(token_ids, finish="answer", text="", reward=0.0):
+    """A response to the prompt [0] whose tokens are thoughts of their own."""
+    H = len(token_ids)
     return Rollout(
-        0,
-        "base",
-        [0],
-        list(range(1, H + 1)),
-        [0.0] * H,
-        list(range(1, H + 1)),
-        "answer",
-        reward=0.0,
+        problem=0,
+        purpose="base",
+        prompt_ids=[0],
+        token_ids=list(token_ids),
+        logps=[0.0] * H,
+        thought_ends=list(range(1, H + 1)),
+        finish=finish,
+        text=text,
+        reward=reward,
     )
 
 
-def plain_task(fallback="random", template=None):
-    task = Enumerable(2, 2, set()).task(localize_fallback=fallback, localize_tokens=9)
-    return task
+def drive(localizer, texts=()):
+    """Answers a localizer's requests with canned texts and returns its result."""
+    texts = iter(texts)
+    answers = None
+    while True:
+        try:
+            requests = localizer.send(answers)
+        except StopIteration as done:
+            return done.value
+        answers = [[rollout_of([1], "eos", next(texts), reward=None)] for _ in requests]
+
+
+# ---------------------------------------------------------------------------------------- fallbacks
 
 
 @pytest.mark.parametrize(
@@ -86,24 +87,35 @@ def plain_task(fallback="random", template=None):
 @pytest.mark.parametrize("fallback", ["random", "first", "skip"])
 def test_every_fallback_is_counted(policy, fault, text, fallback):
     (task,) = policy.tasks(4, 1, localize_fallback=fallback)
-    ((h, how),) = drive(by_self(task, [seed_of(5)]), [text])
-    assert how == fault and counters[f"localize_{fault}"] == 1
-    assert {"random": h in range(1, 6), "first": h == 1, "skip": h is None}[fallback]
+    seed = rollout_of([1, 2, 3, 4, 5])
+    ((h, how),) = drive(by_self(task, [seed]), [text])
+    assert how == fault
+    assert counters[f"localize_{fault}"] == 1
+    if fallback == "random":
+        assert h in range(1, 6)
+    elif fallback == "first":
+        assert h == 1
+    else:
+        assert h is None
+
+
+def never_found(task, seeds):
+    yield from ()
+    return [(None, "no_error")] * len(seeds)
 
 
 def test_skipped_seeds_give_their_suffixes_to_the_base_group(policy):
     tasks = policy.tasks(6, 8, localize_fallback="skip")
     for task in tasks:
-        task.localize = lambda task, seeds: iter_return([(None, "no_error")] * len(seeds))
-    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
-    for buffer in buffers:
-        assert len(buffer) == 8 and {r.group[1] for r in buffer} == {0}
+        task.localize = never_found
+    buffers = run_programs([resets(task) for task in tasks], policy.engine).results
+    for task, buffer in zip(tasks, buffers):
+        assert len(buffer) == 8
+        assert set(grouped(buffer)) == {(task.slot, 0)}
     assert counters["no_seed"] == 8
 
 
-def iter_return(value):
-    return value
-    yield
+# ------------------------------------------------------------------------------------------ prompts
 
 
 class Reader(Letters):
@@ -120,37 +132,38 @@ class Reader(Letters):
 
 @pytest.mark.parametrize("template", [None, "a template"])
 def test_english_prompt_shows_numbered_thoughts_and_not_the_answer(template):
-    tokenizer = Reader(
-        ["x", "first</thought>", "second</thought>", "</thought>", r"\boxed{13}</thought>"]
-    )
+    pieces = ["x", "first</thought>", "second</thought>", "</thought>", r"\boxed{13}</thought>"]
+    tokenizer = Reader(pieces)
     tokenizer.chat_template = template
     task = Task(
-        Problem(0, "What is 5+7?", "SECRET", "integer"),
-        [0],
-        0,
-        None,
-        Vocabulary(tokenizer),
-        None,
-        np.random.default_rng(0),
-        99,
+        problem=Problem(0, "What is 5+7?", "SECRET", "integer"),
+        prompt_ids=[0],
+        slot=0,
+        cfg=None,
+        vocabulary=Vocabulary(tokenizer),
+        localize=None,
+        rng=np.random.default_rng(0),
+        context=99,
     )
-    localization_prompt(
-        task, Rollout(0, "base", [0], [1, 2, 3, 4], [0.0] * 4, [1, 2, 3, 4], "answer", reward=0.0)
-    )
-    assert tokenizer.text.startswith("USER ") == (template is not None)
-    for part in (
-        "What is 5+7?",
-        "[Thought 1] first\n[Thought 2] second\n[Thought 3] (empty)\n[Thought 4] \\boxed{13}",
-        "WRONG",
-        "from 1 to 4",
-    ):
-        assert part in tokenizer.text
-    assert "SECRET" not in tokenizer.text and "</thought>" not in tokenizer.text
+    localization_prompt(task, rollout_of([1, 2, 3, 4]))
+    text = tokenizer.text
+    assert text.startswith("USER ") == (template is not None)
+    assert "What is 5+7?" in text
+    assert "[Thought 1] first\n[Thought 2] second\n[Thought 3] (empty)\n" in text
+    assert "(empty)\n[Thought 4] \\boxed{13}" in text
+    assert "WRONG" in text
+    assert "from 1 to 4" in text
+    assert "SECRET" not in text
+    assert "</thought>" not in text
+
+
+# ------------------------------------------------------------------------------- against the truth
 
 
 def test_random_localizer_is_uniform():
-    task = plain_task()
-    found = drive(by_random(task, [seed_of(4)] * 4000))
+    task = Enumerable(V=2, H=2, correct=set()).task()
+    seed = rollout_of([1, 2, 3, 4])
+    found = drive(by_random(task, [seed] * 4000))
     counts = np.bincount([h for h, _ in found], minlength=5)
     assert counts[0] == 0 and len(counts) == 5
     assert abs(counts[1:] - 1000).max() < 5 * np.sqrt(4000 * 0.25 * 0.75)
@@ -158,49 +171,55 @@ def test_random_localizer_is_uniform():
 
 def test_verifier_localizer_finds_the_true_first_error(policy):
     tasks = policy.tasks(6, 24)
-    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
-    suffixes = [(t, r) for t, buffer in zip(tasks, buffers) for r in buffer if r.reset]
-    assert suffixes
-    for task, r in suffixes:
-        thoughts = r.seed.thoughts(policy.tokenizer)
-        assert task.problem.check_steps(thoughts) == r.reset
-        assert (
-            task.problem.check_steps(thoughts[: r.reset - 1] + ["x"]) == r.reset
-        )  # everything before it is right
+    buffers = run_programs([resets(task) for task in tasks], policy.engine).results
+    checked = 0
+    for task, buffer in zip(tasks, buffers):
+        for rollout in buffer:
+            if rollout.reset is None:
+                continue
+            h = rollout.reset
+            thoughts = rollout.seed.thoughts(policy.tokenizer)
+            assert task.problem.check_steps(thoughts) == h
+            # Everything before it is right: a wrong thought in its place is the first wrong one.
+            assert task.problem.check_steps(thoughts[: h - 1] + ["x"]) == h
+            checked += 1
+    assert checked
 
 
 def test_self_localization_beats_chance_without_the_truth(policy):
     tasks = policy.tasks(12, 96, localizer="self")
+    truths = [task.problem.check_steps for task in tasks]
     for task in tasks:
-        task.truth, task.problem.check_steps = task.problem.check_steps, None  # nothing may look
-    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
-    seeds = {
-        id(r.seed): (t, r) for t, buffer in zip(tasks, buffers) for r in buffer if r.reset
-    }.values()
-    exact = [t.truth(r.seed.thoughts(policy.tokenizer)) == r.reset for t, r in seeds]
-    assert len(exact) > 60 and np.mean(exact) > 0.8  # chance is 1/13
+        task.problem.check_steps = None  # nothing may look
+    buffers = run_programs([resets(task) for task in tasks], policy.engine).results
+    exact = {}  # by seed
+    for truth, buffer in zip(truths, buffers):
+        for rollout in buffer:
+            if rollout.reset is not None:
+                thoughts = rollout.seed.thoughts(policy.tokenizer)
+                exact[id(rollout.seed)] = truth(thoughts) == rollout.reset
+    assert len(exact) > 60
+    assert np.mean(list(exact.values())) > 0.8  # chance is 1/13
 
 
 def test_oracle_equals_enumeration():
-    """With many continuations the oracle's h* is the first thought whose exact advantage is below -tau."""
-    toy = Enumerable(
-        V=3, H=3, correct={(0, 0, 0), (0, 1, 2), (1, 1, 1), (2, 0, 1), (0, 2, 2)}, seed=4
-    )
+    """With many continuations h* is the first thought whose exact advantage is below -tau."""
+    correct = {(0, 0, 0), (0, 1, 2), (1, 1, 1), (2, 0, 1), (0, 2, 2)}
+    toy = Enumerable(V=3, H=3, correct=correct, rng_key=4)
+    tau, samples = 0.08, 1500
     checked = 0
     for response in toy.responses:
-        if response in toy.correct:
+        if response in correct:
             continue
         values = [toy.value(response[:h]).item() for h in range(3)] + [0.0]
-        gains = [b - a for a, b in zip(values, values[1:])]
-        tau = 0.08
-        if any(abs(gain + tau) < 0.04 for gain in gains) or min(gains) > -tau:
+        advantages = np.diff(values)
+        if abs(advantages + tau).min() < 0.04 or advantages.min() > -tau:
             continue  # too close to call by sampling
-        truth = next(h for h, gain in enumerate(gains, 1) if gain < -tau)
-        task = toy.task(oracle_samples=1500, oracle_tau=tau)
-        seed = Rollout(0, "base", [0], list(response), [0.0] * 3, [1, 2, 3], "thoughts", reward=0.0)
+        truth = 1 + int(np.argmax(advantages < -tau))
+        task = toy.task(oracle_samples=samples, oracle_tau=tau)
+        seed = rollout_of(response, "thoughts")
         sampled = run_programs([by_oracle(task, [seed])], toy.engine)
-        (result,), generated = sampled.results, sampled.generated
-        assert result == [(truth, "oracle")]
-        assert len(generated) == 3 * 1500
+        assert sampled.results == [[(truth, "oracle")]]
+        assert len(sampled.generated) == 3 * samples
         checked += 1
     assert checked >= 5

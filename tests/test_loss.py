@@ -1,29 +1,51 @@
-"""The loss: advantages and weights by hand, expected gradients by enumeration, and gradients that do not depend on how they are computed."""
+"""The loss: advantages and weights by hand, expected gradients by enumeration, invariances.
 
+The expected gradient of a method is computed over ALL outcomes of its program on a tiny policy, and
+compared with the gradient of what the method claims to ascend. Then the gradient of a real step is
+computed in many ways (micro-batches, order, padding, processes): it must stay the same.
+"""
+
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
+from transformers import FalconH1Config, MambaConfig, MistralConfig, MistralForCausalLM
 
+import loss
 from conftest import Enumerable, settings
+from data.contexts import can_share, hidden_of_shared_contexts
 from data.driver import run_programs
-from loss import Batch, backward, chosen_logps, collate, set_advantages, surrogate, token_weights
+from loss import (
+    Batch,
+    Weighted,
+    backward,
+    chosen_logps,
+    collate,
+    hidden_of_rows,
+    set_advantages,
+    surrogate,
+    token_weights,
+)
 from rollout import Rollout, grouped, grpo, resets
 
+# --------------------------------------------------------------------------- advantages and weights
 
-def rollout(reward, group, prefix=(), tokens=(1,)):
-    tokens = [*prefix, *tokens]
+
+def rollout_of(reward, group, prefix=(), tokens=(1,)):
+    token_ids = [*prefix, *tokens]
     return Rollout(
-        0,
-        "base",
-        [0],
-        tokens,
-        [-1.0] * len(tokens),
-        [len(tokens)],
-        "answer",
+        problem=0,
+        purpose="base",
+        prompt_ids=[0],
+        token_ids=token_ids,
+        logps=[-1.0] * len(token_ids),
+        thought_ends=[len(token_ids)],
+        finish="answer",
         prefix_len=len(prefix),
         reward=float(reward),
         group=group,
@@ -31,9 +53,9 @@ def rollout(reward, group, prefix=(), tokens=(1,)):
 
 
 def test_advantages_stay_inside_their_group():
-    base = [rollout(r, (0, 0)) for r in (1, 0, 0, 0)]
-    suffix = [rollout(r, (0, 1), prefix=[5]) for r in (1, 1, 0, 0)]
-    flat = [rollout(1, (1, 0)) for _ in range(4)]
+    base = [rollout_of(reward, (0, 0)) for reward in (1, 0, 0, 0)]
+    suffix = [rollout_of(reward, (0, 1), prefix=[5]) for reward in (1, 1, 0, 0)]
+    flat = [rollout_of(1, (1, 0)) for _ in range(4)]
     set_advantages(base + suffix + flat)
     assert [round(r.advantage, 4) for r in base] == [1.7321, -0.5774, -0.5774, -0.5774]
     assert [r.advantage for r in suffix] == [1, 1, -1, -1]
@@ -42,126 +64,97 @@ def test_advantages_stay_inside_their_group():
 
 def test_a_group_of_two_states_is_refused():
     with pytest.raises(ValueError, match="mixes two states"):
-        grouped([rollout(1, (0, 1), prefix=[5]), rollout(0, (0, 1))])
+        grouped([rollout_of(1, (0, 1), prefix=[5]), rollout_of(0, (0, 1))])
 
 
 def test_token_weights():
-    r = rollout(1, (0, 1), prefix=[5, 6], tokens=[7, 8, 9])
-    r.advantage = 1.5
-    assert token_weights(r, 8) == [0, 0, 0.0625, 0.0625, 0.0625]
-    assert (
-        token_weights(r, 8, mask_prefix=False)
-        == [1.5 / 40] * 5
-        == token_weights(r, 8, mask_prefix=False, length="response")
-    )
-    assert token_weights(r, 8, length="response") == [0, 0, 1.5 / 40, 1.5 / 40, 1.5 / 40]
+    rollout = rollout_of(1, (0, 1), prefix=[5, 6], tokens=[7, 8, 9])
+    rollout.advantage = 1.5
+    assert token_weights(rollout, 8) == [0, 0, 0.0625, 0.0625, 0.0625]
+    by_response = token_weights(rollout, 8, length="response")
+    assert by_response == [0, 0, 1.5 / 40, 1.5 / 40, 1.5 / 40]
+    assert token_weights(rollout, 8, mask_prefix=False) == [1.5 / 40] * 5
+    assert token_weights(rollout, 8, mask_prefix=False, length="response") == [1.5 / 40] * 5
 
 
-# ------------------------------------------------------------------------------------------- expected gradients, enumerated
+# -------------------------------------------------------------------- expected gradients, enumerated
 
 
 def gradient(model, scalar):
+    """The gradient of a scalar, as one vector."""
     model.zero_grad()
     scalar.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def expected_loss(toy, program_of, mask_prefix=True):
-    """(-) expected loss as one differentiable scalar: sum over all outcomes of probability x token weight x log-prob."""
-    weights, prefix_weight, states = {}, 0.0, {}
-    for buffer, probability in toy.run_all(program_of):
+@dataclass(frozen=True)
+class Group:
+    """What decides which gradient a group gives."""
+
+    state: tuple  # tokens of its prefix
+    is_reset: bool
+    size: int  # G
+    n_rollouts: int  # N, of the whole buffer
+
+
+@dataclass
+class Expected:
+    """A method's expectations over all outcomes of its program."""
+
+    scalar: torch.Tensor  # its gradient is minus the expected gradient of the loss
+    groups: dict[Group, float]  # how often each comes up
+    prefix_weight: float  # sum of |weights| on prefix tokens
+
+
+def expectation(toy, start_program, mask_prefix=True):
+    """Sums probability x token weight x log-prob over all outcomes."""
+    weights, groups, prefix_weight = {}, {}, 0.0
+    for outcome in toy.run_all(start_program):
+        buffer = outcome.rollouts
         set_advantages(buffer, normalize=False)
-        for r in buffer:
-            w = np.array(token_weights(r, len(buffer), mask_prefix))
-            prefix_weight += np.abs(w[: r.prefix_len]).sum()
-            response = tuple(r.token_ids)
-            weights[response] = weights.get(response, 0) + probability * w
+        for rollout in buffer:
+            w = np.array(token_weights(rollout, len(buffer), mask_prefix))
+            prefix_weight += np.abs(w[: rollout.prefix_len]).sum()
+            response = tuple(rollout.token_ids)
+            weights[response] = weights.get(response, 0) + outcome.probability * w
         for (_, k), members in grouped(buffer).items():
             state = tuple(members[0].token_ids[: members[0].prefix_len])
-            key = (state, k > 0, len(members), len(buffer))
-            states[key] = states.get(key, 0.0) + probability
-    scalar = sum(
-        (torch.from_numpy(w).float() * toy.logps(response)).sum() for response, w in weights.items()
-    )
-    return scalar, states, prefix_weight
+            group = Group(state, k > 0, len(members), len(buffer))
+            groups[group] = groups.get(group, 0.0) + outcome.probability
+    scalar = 0.0
+    for response, w in weights.items():
+        scalar = scalar + (torch.from_numpy(w).float() * toy.logps(response)).sum()
+    return Expected(scalar, groups, prefix_weight)
 
 
-def claimed(toy, states):
-    """What a method claims to ascend: for each group of G of N rollouts at a state s with k thoughts to go, G/N (1 - 1/G) 1/k V(s),
-    with the states' frequencies held fixed (1 - 1/G because a rollout is part of its own baseline)."""
+def claimed(toy, groups):
+    """What a method claims to ascend, a scalar.
+
+    A group of G of N rollouts at a state s with k thoughts to go adds G/N (1 - 1/G) 1/k V(s), with
+    the states' frequencies held fixed. 1 - 1/G: a rollout is part of its own baseline.
+    """
     total = 0.0
-    for (state, _, G, N), frequency in states.items():
-        total = total + frequency * (G / N) * (1 - 1 / G) / (toy.H - len(state)) * toy.value(state)
+    for group, frequency in groups.items():
+        G, N = group.size, group.n_rollouts
+        thoughts_to_go = toy.H - len(group.state)
+        share = frequency * (G / N) * (1 - 1 / G) / thoughts_to_go
+        total = total + share * toy.value(group.state)
     return total
 
 
 def fixed(h):
+    """A localizer that always says h."""
+
     def localize(task, seeds):
+        yield from ()
         return [(h, "fixed")] * len(seeds)
-        yield
 
     return localize
 
 
 def by_first_letter(task, seeds):
+    yield from ()
     return [(2 if seed.token_ids[0] == 0 else 1, "letter") for seed in seeds]
-    yield
-
-
-def test_grpo_ascends_the_pass_rate():
-    toy = Enumerable(V=3, H=2, correct={(0, 1), (1, 2), (2, 2)}, seed=3)
-    scalar, states, _ = expected_loss(toy, lambda: grpo(toy.task(base=2)))
-    assert states == {((), False, 2, 2): pytest.approx(1, abs=1e-5)}
-    assert_close(gradient(toy.model, scalar), gradient(toy.model, claimed(toy, states)))
-
-
-@pytest.mark.parametrize("localize", [fixed(1), fixed(2), by_first_letter])
-@pytest.mark.parametrize("split", [(2, 1, 2), (0, 2, 2), (0, 1, 2)])
-def test_reset_methods_ascend_the_values_of_their_states(localize, split):
-    """Fresh seeds, whose draws are independent of the base group: every group's expected gradient is its own state's."""
-    base, prefixes, suffixes = split
-    toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, seed=5)
-    task = dict(
-        base=base,
-        prefixes=prefixes,
-        suffixes=suffixes,
-        seed_source="fresh",
-        max_seed_draws=prefixes,
-    )
-    scalar, states, prefix_weight = expected_loss(toy, lambda: resets(toy.task(localize, **task)))
-    assert prefix_weight == 0.0
-    assert any(reset for _, reset, _, _ in states)
-    assert_close(gradient(toy.model, scalar), gradient(toy.model, claimed(toy, states)))
-
-
-@pytest.mark.parametrize("localize", [fixed(1), fixed(2), by_first_letter])
-def test_seeds_from_the_base_group_leave_its_gradient_unbiased(localize):
-    """Seed read from the base group (the default): base part and suffix part by the formula; where nobody failed, no draws are made and
-    the top-up makes a group of 4 whose first two are known to be right. Its gradient is still along that of the pass rate."""
-    toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, seed=5)
-    scalar, states, prefix_weight = expected_loss(
-        toy, lambda: resets(toy.task(localize, base=2, prefixes=1, suffixes=2, max_seed_draws=0))
-    )
-    assert prefix_weight == 0.0
-    J = toy.value()
-    j = J.item()
-    suffix = {key: p for key, p in states.items() if key[1]}
-    # the first two rollouts as if in a group of two (zero where both are right), then the cases in which both are
-    base = 0.5 * 0.5 / toy.H * J
-    both_right = j**2 * (2 * (1 - j) / 2 / j + 2 * 3 / 4) / 4 / toy.H * J
-    assert_close(
-        gradient(toy.model, scalar), gradient(toy.model, base + both_right + claimed(toy, suffix))
-    )
-
-
-def test_without_the_prefix_mask_the_prefix_is_trained():
-    toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, seed=5)
-    _, _, prefix_weight = expected_loss(
-        toy,
-        lambda: resets(toy.task(fixed(2), base=2, prefixes=1, suffixes=2, max_seed_draws=0)),
-        mask_prefix=False,
-    )
-    assert prefix_weight > 0.01
 
 
 def assert_close(a, b):
@@ -169,7 +162,62 @@ def assert_close(a, b):
     assert (a - b).norm() < 1e-4 * b.norm()
 
 
-# ----------------------------------------------------------------------------------------------- invariance of the gradient
+def test_grpo_ascends_the_pass_rate():
+    toy = Enumerable(V=3, H=2, correct={(0, 1), (1, 2), (2, 2)}, rng_key=3)
+    expected = expectation(toy, lambda: grpo(toy.task(base=2)))
+    assert expected.groups == {Group((), False, 2, 2): pytest.approx(1, abs=1e-5)}
+    ascended = claimed(toy, expected.groups)
+    assert_close(gradient(toy.model, expected.scalar), gradient(toy.model, ascended))
+
+
+@pytest.mark.parametrize("localize", [fixed(1), fixed(2), by_first_letter])
+@pytest.mark.parametrize("split", [(2, 1, 2), (0, 2, 2), (0, 1, 2)])
+def test_reset_methods_ascend_the_values_of_their_states(localize, split):
+    """Every group's expected gradient is that of its own state's value.
+
+    Seeds are fresh here: their draws are independent of the base group.
+    """
+    base, prefixes, suffixes = split
+    numbers = dict(base=base, prefixes=prefixes, suffixes=suffixes, max_seed_draws=prefixes)
+    toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, rng_key=5)
+    expected = expectation(toy, lambda: resets(toy.task(localize, seed_source="fresh", **numbers)))
+    assert expected.prefix_weight == 0.0
+    assert any(group.is_reset for group in expected.groups)
+    ascended = claimed(toy, expected.groups)
+    assert_close(gradient(toy.model, expected.scalar), gradient(toy.model, ascended))
+
+
+SMALL = dict(base=2, prefixes=1, suffixes=2, max_seed_draws=0)  # seeds from the base group only
+
+
+@pytest.mark.parametrize("localize", [fixed(1), fixed(2), by_first_letter])
+def test_seeds_from_the_base_group_leave_its_gradient_unbiased(localize):
+    """Seeds are read from the base group, the default: both parts follow their formulas.
+
+    Where nobody fails, no draws are made and the top-up makes a group of 4 whose first two are
+    known to be right. Its gradient is still along that of the pass rate.
+    """
+    toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, rng_key=5)
+    expected = expectation(toy, lambda: resets(toy.task(localize, **SMALL)))
+    assert expected.prefix_weight == 0.0
+    J = toy.value()
+    j = J.item()
+    # The first two rollouts as if in a group of two: nothing where both are right ...
+    base = 0.5 * 0.5 / toy.H * J
+    # ... and the cases in which both are.
+    both_right = j**2 * (2 * (1 - j) / 2 / j + 2 * 3 / 4) / 4 / toy.H * J
+    suffix = {group: p for group, p in expected.groups.items() if group.is_reset}
+    ascended = base + both_right + claimed(toy, suffix)
+    assert_close(gradient(toy.model, expected.scalar), gradient(toy.model, ascended))
+
+
+def test_without_the_prefix_mask_the_prefix_is_trained():
+    toy = Enumerable(V=2, H=2, correct={(0, 1), (1, 1)}, rng_key=5)
+    expected = expectation(toy, lambda: resets(toy.task(fixed(2), **SMALL)), mask_prefix=False)
+    assert expected.prefix_weight > 0.01
+
+
+# ----------------------------------------------------------------------- invariance of the gradient
 
 
 @pytest.fixture(scope="module")
@@ -178,39 +226,47 @@ def step(policy):
     tasks = policy.tasks(4, 6, "random") + policy.tasks(7, 6, "random", seed=1)
     for slot, task in enumerate(tasks):
         task.slot = slot
-    buffers = run_programs([resets(t) for t in tasks], policy.engine).results
-    rollouts = [r for buffer in buffers for r in buffer]
-    for i, r in enumerate(rollouts):  # rewards of our own: every group has variance
-        r.reward = float(i % 3 == 0)
+    rollouts = []
+    for buffer in run_programs([resets(task) for task in tasks], policy.engine).results:
+        rollouts += buffer
+    for i, rollout in enumerate(rollouts):  # rewards of our own: every group has variance
+        rollout.reward = float(i % 3 == 0)
     set_advantages(rollouts)
-    assert len({len(r.token_ids) for r in rollouts}) > 1 and any(r.prefix_len for r in rollouts)
+    assert len({len(rollout.token_ids) for rollout in rollouts}) > 1
+    assert any(rollout.prefix_len for rollout in rollouts)
     return rollouts
 
 
-def gradients(policy, compute):
+def whole_step(policy, step, rank=0, ranks=1, **changed):
+    """`backward` over all rollouts of the step, or over one process's part of them."""
+    cfg = settings(**changed)
+    return backward(policy.model, step, len(step), 0, cfg, rank=rank, ranks=ranks)
+
+
+def gradients(policy, compute, *args, **kwargs):
+    """The gradient, as one vector, that compute(...) adds up."""
     policy.model.zero_grad()
-    compute()
+    compute(*args, **kwargs)
     return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
 
 
 @pytest.fixture(scope="module")
 def reference(policy, step):
-    return gradients(
-        policy, lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=1000))
-    )
+    vector = gradients(policy, whole_step, policy, step, micro_batch=1000)
+    assert vector.abs().max() > 1e-3
+    return vector
+
+
+def assert_same(vector, reference):
+    assert (vector - reference).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("micro_batch, chunk", [(1, 4096), (7, 64), (1000, 10)])
 def test_gradient_does_not_depend_on_micro_batch_or_chunk(
     policy, step, reference, micro_batch, chunk
 ):
-    got = gradients(
-        policy,
-        lambda: backward(
-            policy.model, step, len(step), 0, settings(micro_batch=micro_batch, chunk=chunk)
-        ),
-    )
-    assert (got - reference).abs().max() < 1e-5 and reference.abs().max() > 1e-3
+    sizes = dict(micro_batch=micro_batch, chunk=chunk)
+    assert_same(gradients(policy, whole_step, policy, step, **sizes), reference)
 
 
 def test_gradient_does_not_depend_on_row_order_or_parts(policy, step, reference):
@@ -220,47 +276,41 @@ def test_gradient_does_not_depend_on_row_order_or_parts(policy, step, reference)
         for part in (shuffled[:10], shuffled[10:11], shuffled[11:]):
             backward(policy.model, part, len(step), 0, settings(micro_batch=5))
 
-    assert (gradients(policy, in_parts) - reference).abs().max() < 1e-5
+    assert_same(gradients(policy, in_parts), reference)
 
 
 @pytest.mark.parametrize("ranks, micro_batch", [(2, 3), (5, 19), (7, 1000)])
 def test_gradient_is_the_sum_over_processes(policy, step, reference, ranks, micro_batch):
-    """Whatever their number, and though the rows divide evenly by none of them; all run as many forwards, of rows of their own."""
-    forwards, sums = [], []
+    """Whatever their number, also where it does not divide the rows; all run as many forwards."""
+    forwards, parts = [], []
 
     def of_all():
         for rank in range(ranks):
             runs = []
-            handle = policy.model.base_model.register_forward_hook(
-                lambda *_, runs=runs: runs.append(1)
-            )
-            sums.append(
-                backward(
-                    policy.model,
-                    step,
-                    len(step),
-                    0,
-                    settings(micro_batch=micro_batch),
-                    rank=rank,
-                    ranks=ranks,
-                )
-            )
+
+            def note(*_, runs=runs):
+                runs.append(1)
+
+            handle = policy.model.base_model.register_forward_hook(note)
+            parts.append(whole_step(policy, step, rank, ranks, micro_batch=micro_batch))
             handle.remove()
             forwards.append(len(runs))
 
-    assert (gradients(policy, of_all) - reference).abs().max() < 1e-5
+    assert_same(gradients(policy, of_all), reference)
     assert len(set(forwards)) == 1
-    alone = backward(policy.model, step, len(step), 0, settings())
-    for key in ("loss", "tokens", "entropy", "gap"):
-        assert sum(s[key] for s in sums) == pytest.approx(alone[key], abs=1e-4, rel=1e-4)
+    alone = whole_step(policy, step)
+    for name in ("loss", "tokens", "entropy", "gap"):
+        total = sum(getattr(part, name) for part in parts)
+        assert total == pytest.approx(getattr(alone, name), abs=1e-4, rel=1e-4)
 
 
 def test_gradient_has_the_same_bits_each_time_with_two_threads(policy, step):
-    """... of which each adds up its own part, also of what rows of one state send back to it."""
+    """Also where the gradients of several rows of one state add up in it."""
     torch.set_num_threads(2)
     try:
-        compute = lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=1000))  # noqa: E731
-        first, *others = [gradients(policy, compute) for _ in range(3)]
+        first, *others = [
+            gradients(policy, whole_step, policy, step, micro_batch=1000) for _ in range(3)
+        ]
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(first, other) for other in others)
@@ -268,73 +318,142 @@ def test_gradient_has_the_same_bits_each_time_with_two_threads(policy, step):
 
 @pytest.mark.parametrize("pad_id, extra", [(0, 1), (3, 9)])
 def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, extra):
-    def padded():
-        batch = collate(step, [token_weights(r, len(step)) for r in step], pad_id, extra=extra)
-        surrogate(chosen_logps(policy.model, batch, 1.0)[0], batch, clip=0).backward()
+    items = [Weighted(rollout, token_weights(rollout, len(step))) for rollout in step]
+    batch = collate(items, pad_id)
+    left, right = (extra, 0), (0, extra)
+    longer = replace(
+        batch,
+        contexts=pad(batch.contexts, left, value=pad_id),
+        contexts_mask=pad(batch.contexts_mask, left),
+        tokens=pad(batch.tokens, right, value=pad_id),
+        tokens_mask=pad(batch.tokens_mask, right),
+        weighted=pad(batch.weighted, right),
+    )
 
-    assert (gradients(policy, padded) - reference).abs().max() < 1e-5
+    def compute():
+        logps, _ = chosen_logps(policy.model, longer, 1.0)
+        surrogate(logps, longer, clip=0).backward()
+
+    assert_same(gradients(policy, compute), reference)
 
 
 def test_shared_states_give_the_gradient_of_whole_rows(policy, step, reference, monkeypatch):
-    """... which are what runs where a layer keeps something else than keys and values. Also where layers are run again in the backward."""
-    compute = lambda: gradients(
-        policy, lambda: backward(policy.model, step, len(step), 0, settings(micro_batch=7))
-    )  # noqa: E731
-    with monkeypatch.context() as patch:
-        for layer in policy.model.base_model.layers:
-            patch.setattr(layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
-        assert (compute() - reference).abs().max() < 1e-5
-    monkeypatch.setattr(
-        "loss.DynamicCache", lambda config: SimpleNamespace(layers=["of another kind"])
+    """Whole rows run where a layer keeps something else than keys and values."""
+    widths = []
+
+    def note(module, args, kwargs, out):
+        widths.append(len(kwargs["input_ids"]))
+
+    def cannot(model):
+        return False
+
+    monkeypatch.setattr(loss, "can_share", cannot)
+    handle = policy.model.base_model.register_forward_hook(note, with_kwargs=True)
+    assert_same(gradients(policy, whole_step, policy, step, micro_batch=7), reference)
+    handle.remove()
+    assert sum(widths) == len(step)  # no state ran by itself
+
+
+def test_shared_states_where_layers_run_again_in_the_backward(policy, step, reference, monkeypatch):
+    """--grad_checkpointing."""
+    for layer in policy.model.base_model.layers:
+        again = partial(checkpoint, layer.forward, use_reentrant=False)
+        monkeypatch.setattr(layer, "forward", again)
+    assert_same(gradients(policy, whole_step, policy, step, micro_batch=7), reference)
+
+
+@pytest.mark.parametrize("config", [FalconH1Config(), MambaConfig()])
+def test_states_are_not_shared_where_a_layer_keeps_more_than_keys_and_values(config):
+    """State spaces, alone or beside attention."""
+    assert not can_share(SimpleNamespace(config=config))
+
+
+def test_shared_states_of_sliding_windows():
+    """A window shorter than the context: sharing gives the log-probs and gradient of whole rows."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=3,
+        initializer_range=0.3,
     )
-    assert (compute() - reference).abs().max() < 1e-5
+    model = MistralForCausalLM(config)
+    assert can_share(model)
+    items = []
+    for i in range(4):
+        rollout = rollout_of(i, (0, i // 2), prefix=[5, 6, 7] + [8] * (i // 2), tokens=[9, 10, i])
+        items.append(Weighted(rollout, [0.0] * rollout.prefix_len + [0.1 * (i + 1)] * 3))
+    batch = collate(items, pad_id=0)
+    assert len(batch.contexts) == 2
+    weighted = batch.weighted
+    shared = hidden_of_shared_contexts(model, batch)[weighted]
+    whole = hidden_of_rows(model, batch)[weighted]
+    assert torch.allclose(shared, whole, atol=1e-5)
+    direction = torch.randn_like(whole)
+    g_shared = gradient(model, (shared * direction).sum())
+    assert_close(g_shared, gradient(model, (whole * direction).sum()))
 
 
 def test_the_head_runs_only_where_there_is_weight(policy, step):
-    """Never on prompt or masked prefix tokens, never on more than a chunk at once; rollouts without advantage are not run, and what a
-    group has in common is run once (twice where micro-batches part it)."""
+    """Never on prompts or masked prefixes, never on more than a chunk at once.
+
+    Rollouts without advantage are not run, and what a group has in common is run once (twice where
+    micro-batches part it).
+    """
     rows, bodies = [], []
-    handles = [
-        policy.model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0]))),
-        policy.model.base_model.register_forward_hook(
-            lambda m, args, kwargs, out: bodies.append(len(kwargs["input_ids"])), with_kwargs=True
-        ),
-    ]
-    saved = [r.advantage for r in step]
-    for r in step[:20]:
-        r.advantage = 0.0
-    sums = backward(policy.model, step, len(step), 0, settings(micro_batch=16, chunk=32))
-    for r, advantage in zip(step, saved):
-        r.advantage = advantage
-    for handle in handles:
-        handle.remove()
-    weighted = sum(len(r.token_ids) - r.prefix_len for r in step[20:])
-    assert sums["tokens"] == weighted
-    assert sum(rows) == 2 * weighted and max(rows) <= 32  # forward, and once more in the backward
-    states, own = bodies[::2], bodies[1::2]
-    assert sum(own) == len(step) - 20
-    assert sum(states) <= len({r.group for r in step[20:]}) + len(states)
+
+    def note_head(module, args, out):
+        rows.append(len(args[0]))
+
+    def note_body(module, args, kwargs, out):
+        bodies.append(len(kwargs["input_ids"]))
+
+    without, others = step[:20], step[20:]
+    flat = [replace(rollout, advantage=0.0) for rollout in without]
+    head = policy.model.lm_head.register_forward_hook(note_head)
+    body = policy.model.base_model.register_forward_hook(note_body, with_kwargs=True)
+    sums = whole_step(policy, flat + others, micro_batch=16, chunk=32)
+    head.remove()
+    body.remove()
+    weighted = sum(rollout.generated for rollout in others)
+    assert sums.tokens == weighted
+    assert sum(rows) == 2 * weighted  # forward, and once more in the backward
+    assert max(rows) <= 32
+    states, own = bodies[::2], bodies[1::2]  # of each micro-batch: its states, then its rows
+    assert sum(own) == len(others)
+    assert sum(states) <= len({rollout.group for rollout in others}) + len(states)
 
 
 def test_clipped_surrogate():
-    """On policy it has REINFORCE's gradient; off policy it is flat where the ratio has already moved enough."""
+    """On policy it has REINFORCE's gradient; off policy it is flat where the ratio moved enough."""
+    unused = torch.zeros(1)
     batch = Batch(
-        *[torch.zeros(1)] * 6,
+        contexts=unused,
+        contexts_mask=unused,
+        context_of=unused,
+        tokens=unused,
+        tokens_mask=unused,
+        weighted=unused,
         weights=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]),
         old_logps=torch.full((5,), -1.0),
         in_prefix=torch.zeros(5),
     )
-    new = torch.tensor(
-        [-1.0, -0.5, -0.5, -1.5, -1.5], requires_grad=True
-    )  # ratios 1, 1.65, 1.65, 0.61, 0.61
-    surrogate(new, batch, clip=0.2).backward()
-    ratio = (new - batch.old_logps).exp().detach()
-    assert torch.allclose(new.grad, torch.tensor([-1.0, 0.0, ratio[2], 0.0, -ratio[4]]))
+    # The ratios are 1, 1.65, 1.65, 0.61 and 0.61.
+    logps = torch.tensor([-1.0, -0.5, -0.5, -1.5, -1.5], requires_grad=True)
+    surrogate(logps, batch, clip=0.2).backward()
+    ratio = (logps - batch.old_logps).exp().detach()
+    assert torch.allclose(logps.grad, torch.tensor([-1.0, 0.0, ratio[2], 0.0, -ratio[4]]))
 
 
 def test_entropy_and_gap_are_reported(policy, step):
-    sums = backward(policy.model, step, len(step), 0, settings())
-    assert 0 < sums["entropy"] / sums["tokens"] < np.log(policy.model.config.vocab_size)
-    assert sums["gap_max"] < 1e-4 and sums["prefix_tokens"] == 0
-    sums = backward(policy.model, step, len(step), 0, settings(mask_prefix=False))
-    assert sums["prefix_tokens"] == sum(r.prefix_len for r in step) and sums["gap_max"] < 1e-4
+    sums = whole_step(policy, step)
+    assert 0 < sums.entropy / sums.tokens < np.log(policy.model.config.vocab_size)
+    assert sums.gap_max < 1e-4
+    assert sums.prefix_tokens == 0
+    sums = whole_step(policy, step, mask_prefix=False)
+    assert sums.gap_max < 1e-4
+    assert sums.prefix_tokens == sum(rollout.prefix_len for rollout in step)

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import study
 from test_eval import make_run
 
 import loss
+import study
 from data import curves, runs
 from data.driver import run_programs
 from data.faults import UserError

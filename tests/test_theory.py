@@ -9,7 +9,6 @@ Try it alone:  python -m pytest -q tests/test_theory.py
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import torch
 import theory
 from conftest import settings
 from loss import set_advantages, token_weights
-from rollout import Rollout, grpo, resets
+from rollout import Rollout, Task, grpo, resets
 from theory import LENGTH, Chain, J, K, Method, N, Split, measure, policy_advantage, step_size
 
 # ---------------------------------------------------------------------------------- lesson 1
@@ -101,11 +100,19 @@ class Coins:
         self.p = p
         self.q = q
         self.rng = np.random.default_rng(rng_key)
-        self.task = SimpleNamespace(
-            cfg=settings(**changed), slot=0, request=self.request, localize=self.localize
+        self.task = Task(
+            problem=None,
+            prompt_ids=[],
+            slot=0,
+            cfg=settings(**changed),
+            vocabulary=None,
+            localize=self.localize,
+            rng=self.rng,
+            context=99,
         )
+        self.task.request = self.request
 
-    def request(self, purpose, n, seed=None, h=1):
+    def request(self, purpose, n, seed=None, h=1, how=None):
         """A request of this policy: (n, prefix)."""
         return n, seed.prefix(h) if seed else []
 

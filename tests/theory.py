@@ -12,7 +12,7 @@ Lesson 1 is exact and simulated. Lesson 2 is exact. Lesson 3 is simulated.
 
 Left out: the neural network. In lesson 3 every fact has a softmax of its own, so nothing
 generalises, and the localizer is a fixed accuracy q that does not drift during training. Both keep
-the map small enough to compute; the runs in tests/README.md have a real network and a real localizer.
+the map small enough to compute; the runs in tests/README.md have a network and a real localizer.
 
 Departures from rollout.py:
   - "deepest" localizes every failure of the base group and resets the one whose named error comes
