@@ -50,12 +50,13 @@ from data.faults import UserError, counters
 from data.metrics import Clock, Sums, Update, step_metrics, update_metrics
 from data.parallel import gather, on_main, processes, rank, whole_weights
 from data.problems import Problem
+from data.programs import load_program, trained_rollouts
 from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER, check_machine
 from eval import evaluate
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, set_advantages, weigh
-from rollout import Engine, Rollout, Task, load_program, make_engine, records_of, trained_rollouts
+from rollout import Engine, Rollout, Task, make_engine, records_of
 
 # torch says so when one process saves a checkpoint, which is what we mean
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

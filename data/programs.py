@@ -1,0 +1,93 @@
+"""Programs by name: finding the one of --method, and checking what it returns.
+
+A method is a generator function (rollout.py). Its name is one of `rollout.PROGRAMS`, or
+MODULE:FUNCTION, or FILE.py:FUNCTION: then nothing of this project needs a change.
+
+Left out: arguments for programs. They read the settings (`task.cfg`), and have constants of their own.
+
+Try it alone:  python -m data.programs FILE.py:FUNCTION    # loads it, and says what is wrong
+"""
+
+import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Callable
+
+from data.driver import Sampled
+from data.faults import UserError
+from rollout import PROGRAMS, Rollout
+
+
+def load_program(method: str) -> Callable:
+    """The program of --method: one of PROGRAMS, MODULE:FUNCTION, or FILE.py:FUNCTION.
+
+    Raises UserError with one line that says what is wrong.
+    """
+    if method in PROGRAMS:
+        return PROGRAMS[method]
+    source, colon, name = method.rpartition(":")
+    if not colon:
+        raise UserError(
+            f"--method {method}: no such method; use {', '.join(PROGRAMS)}, "
+            "MODULE:FUNCTION or FILE.py:FUNCTION"
+        )
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            sys.path.append(os.getcwd())
+            module = importlib.import_module(source)
+    except (ImportError, OSError, SyntaxError, ValueError) as fault:
+        raise UserError(f"--method {method}: cannot import it ({type(fault).__name__}: {fault})")
+    function = getattr(module, name, None)
+    if not inspect.isgeneratorfunction(function):
+        raise UserError(
+            f"--method {method}: {name} is no generator function of {source}; a program yields "
+            "lists of requests and returns rollouts (README, Your own credit-assignment idea)"
+        )
+    return function
+
+
+def trained_rollouts(method: str, sampled: Sampled) -> list[Rollout]:
+    """What the programs of a step returned, in one list. Raises UserError for what cannot be trained.
+
+    method: its name, for the message.
+    """
+    known = {id(rollout) for rollout in sampled.generated}
+    rollouts = []
+    for returned in sampled.results:
+        if not isinstance(returned, list) or not returned:
+            raise UserError(
+                f"--method {method} returned {returned!r:.60}: return a list of at least one rollout"
+            )
+        for rollout in returned:
+            complaint = complaint_about(rollout, known)
+            if complaint:
+                raise UserError(f"--method {method} returned {complaint}")
+        rollouts += returned
+    return rollouts
+
+
+def complaint_about(rollout, known: set[int]) -> str | None:
+    """What keeps a rollout from being trained, and what to do; None if nothing does."""
+    if not isinstance(rollout, Rollout):
+        return f"{rollout!r:.60} in its list: return the rollouts that were sampled"
+    if id(rollout) not in known:
+        return "a copy of a rollout, which is not logged: change the sampled one itself"
+    if rollout.group is None:
+        return "a rollout without a group: put it into one with task.in_group(0, rollouts)"
+    if rollout.advantages is None and rollout.reward is None:
+        return "a rollout without reward and advantages: set its advantages, one for each thought"
+    H = len(rollout.thought_ends)
+    if rollout.advantages is not None and len(rollout.advantages) != H:
+        return f"{len(rollout.advantages)} advantages for {H} thoughts: set one for each thought"
+    return None
+
+
+if __name__ == "__main__":
+    print(load_program(sys.argv[1]))
