@@ -11,9 +11,9 @@ and judges each one.
 
 Reviews are labelled with the truth, so the policy reviews better than it writes.
 
-Where this task is on the map of tests/README.md ("Why resets lose here"): 12 steps; a pass rate of 0.04, so
-most base groups have no success; errors anywhere in the chain; localization well above the
-break-even of 0.5 to 0.6; and 1,940 facts, so that training takes 100 steps or more.
+Where this task is on the map of tests/README.md ("Why resets lose here"): 12 steps; a pass rate of
+0.04, so most base groups have no success; errors anywhere in the chain; localization well above
+the break-even of 0.5 to 0.6; and 1,940 facts, so that training takes 100 steps or more.
 
 Left out: RL (this is next-token training with AdamW), and padding: the chains of a batch have the
 same number of steps, and what follows a short review is not trained on.
@@ -457,18 +457,24 @@ license: mit
 ---
 # The embedded policy of SRPO
 
-A Llama-architecture model of {parameters:.2f} M parameters ({megabytes:.1f} MB, float32, untied embeddings, heads of size {head}) that does
-arithmetic modulo 97, one step per thought, with planted misconceptions, and reviews its own chains when it reads `<locate>`.
+A Llama-architecture model of {parameters:.2f} M parameters ({megabytes:.1f} MB, float32, \
+untied embeddings, heads of size {head}) \
+that does
+arithmetic modulo 97, one step per thought, with planted misconceptions, \
+and reviews its own chains when it reads `<locate>`.
 It exists to be trained by `srpo.py`; it is good for nothing else.
 
-Built from nothing by `python -m data.build_policy --out data/policy` (seeded), which also measures it (`--card data/policy` alone does):
-{n} held-out chains of each length, 4 samples each at T = 1 (share of all; the default task is `chain-{usual}`).
+Built from nothing by `python -m data.build_policy --out data/policy` (seeded), \
+which also measures it (`--card data/policy` alone does):
+{n} held-out chains of each length, 4 samples each at T = 1 \
+(share of all; the default task is `chain-{usual}`).
 
 | measure | {lengths} |
 |---{columns}|
 {rows}
 
-On chains of {usual} steps: self-localization by the true first wrong step (exact share, number of failures): {localization_by_first_error}.
+On chains of {usual} steps: self-localization by the true first wrong step \
+(exact share, number of failures): {localization_by_first_error}.
 Localization answers without a usable step: {localization_faults}. Responses ended by: {finish}.
 """
 ROWS = {

@@ -1,18 +1,26 @@
-"""Adapters (the optional peft library): only they are trained, checkpoints hold the merged policy, and everything else is as without them."""
+"""Adapters (the optional peft library): only they are trained, checkpoints hold the merged policy,
+and everything else is as without them."""
 
 import os
 import shutil
-import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_processes import TORCHRUN, distance, weights
+from test_processes import (
+    backward_as_on_a_gpu,
+    distance,
+    process_group,
+    rewarded_rollouts,
+    torchrun,
+    weights,
+)
 from test_run import TINY, lines_of
 from transformers import AutoModelForCausalLM
 
 import srpo
 from conftest import POLICY, ROOT
+from data.parallel import whole_weights
 from data.policies import load_policy
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
@@ -35,14 +43,13 @@ def test_only_the_linear_layers_move(adapted):
         linear = name.endswith("_proj.weight")
         assert torch.equal(weight, after[name]) != linear, name
         if linear:
-            assert torch.linalg.matrix_rank((after[name] - weight).double(), rtol=1e-4) <= 4
-    AutoModelForCausalLM.from_pretrained(adapted / "checkpoints" / "step_3")
-    state = sum(
-        file.stat().st_size for file in (adapted / "checkpoints" / "step_3" / "state").iterdir()
-    )
-    assert (
-        state < 0.7 * 3 * (POLICY / "model.safetensors").stat().st_size
-    )  # adapters and their moments, not the whole model's
+            change = (after[name] - weight).double()
+            assert torch.linalg.matrix_rank(change, rtol=1e-4) <= 4
+    checkpoint = adapted / "checkpoints" / "step_3"
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+    # It goes on from adapters and their moments; the whole model's would be three times its size.
+    state_bytes = sum(file.stat().st_size for file in (checkpoint / "state").iterdir())
+    assert state_bytes < 0.7 * 3 * (POLICY / "model.safetensors").stat().st_size
 
 
 def test_merged_weights_are_the_adapted_policy():
@@ -58,9 +65,13 @@ def test_merged_weights_are_the_adapted_policy():
     merged, _ = load_policy(POLICY)
     ids = torch.randint(0, 150, (2, 40))
     plain = merged(ids).logits
-    merged.load_state_dict(dict(srpo.whole_weights(model)))
+    merged.load_state_dict(dict(whole_weights(model)))
     assert (model(ids).logits - plain).abs().max() > 0.1
     assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-4)
+
+
+def test_the_usual_learning_rate_of_another_policy():
+    assert srpo.Config(model="another", lora_rank=4).resolve().lr == 5e-5
 
 
 def test_resume_is_exact(tmp_path, adapted):
@@ -73,12 +84,16 @@ def test_resume_is_exact(tmp_path, adapted):
 
 def test_two_processes_are_one(tmp_path, adapted):
     out = tmp_path / "two"
-    done = subprocess.run(
-        [*TORCHRUN, ROOT / "srpo.py", *FLAGS, "--steps", "3", "--out_dir", out],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(ROOT / "srpo.py", *FLAGS, "--steps", "3", "--out_dir", out)
     assert lines_of(out / "rollouts.jsonl") == lines_of(adapted / "rollouts.jsonl")
     assert distance(weights(out, 3), weights(adapted, 3)) < 1e-4
+
+
+def test_adapters_are_float32_on_a_bf16_base(policy, monkeypatch):
+    rollouts = rewarded_rollouts(policy)
+    with process_group():
+        model = backward_as_on_a_gpu(monkeypatch, rollouts, lora_rank=4)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        assert {p.dtype for p in frozen} == {torch.bfloat16}
+        names = {name for name, _ in policy.model.named_parameters()}
+        assert dict(whole_weights(model)).keys() == names

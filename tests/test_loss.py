@@ -77,7 +77,7 @@ def test_token_weights():
     assert token_weights(rollout, 8, mask_prefix=False, length="response") == [1.5 / 40] * 5
 
 
-# -------------------------------------------------------------------- expected gradients, enumerated
+# ------------------------------------------------------------------- expected gradients, enumerated
 
 
 def gradient(model, scalar):

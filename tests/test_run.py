@@ -1,11 +1,14 @@
-"""srpo.py as a user runs it: every method and split, same seed same run, kill and resume, and input that is wrong."""
+"""srpo.py as a user runs it: every method and split, same seed same run, kill and resume, names and
+help, and input that is wrong."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,78 +18,147 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import srpo
 from conftest import POLICY, ROOT
 from data.driver import run_programs
-from rollout import Rollout
+from data.metrics import step_metrics
+from data.runs import append, name_of, read_run
+from rollout import Rollout, records_of
 
-TINY = "--engine hf --steps 2 --prompts_per_step 6 --train_data chain-5 --eval_data chain-5 --eval_problems 8 --eval_samples 1 --save_every 1 --rollouts_every 1".split()
+SRPO = [sys.executable, str(ROOT / "srpo.py")]
+TINY = (
+    "--engine hf --steps 2 --prompts_per_step 6 --train_data chain-5 --eval_data chain-5 "
+    "--eval_problems 8 --eval_samples 1 --save_every 1 --rollouts_every 1"
+).split()
 
 
 def run(*args):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "srpo.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """The command in a process of its own."""
+    return subprocess.run([*SRPO, *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
 def run_here(*args):
     """The same in this process: no seconds go into imports."""
-    srpo.main([str(a) for a in args])
+    srpo.main([str(arg) for arg in args])
 
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+# ------------------------------------------------------------------------------------------ methods
+
+STEP_KEYS = (
+    "pass_base pass_suffix zero_variance_base zero_variance_suffix reset_depth localized tokens "
+    "trained_tokens masked_share entropy grad_norm gap gap_prefix counters seconds total_tokens"
+).split()
+
+
 @pytest.mark.parametrize(
     "flags",
-    ["", "--split 2x4 --localizer verifier", "--split 1x8 --seed_source fresh", "--method rrpo --seed_choice deepest", "--method rrpo --split 2x4",
-     "--method rrpo --split 1x8 --mask_prefix false", "--length response", "--method grpo --clip 0.2 --updates 2", "--localizer oracle --oracle_samples 2"],
-)  # fmt: skip
+    [
+        "",
+        "--split 2x4 --localizer verifier",
+        "--split 1x8 --seed_source fresh",
+        "--method rrpo",
+        "--method rrpo --split 2x4",
+        "--method rrpo --split 1x8 --mask_prefix false",
+        "--length response",
+        "--method grpo --clip 0.2 --updates 2",
+        "--localizer oracle --oracle_samples 2",
+    ],
+)
 def test_every_method_and_split(tmp_path, capsys, flags):
     out = tmp_path / "run"
     run_here(*TINY, *flags.split(), "--out_dir", out)
     printed = capsys.readouterr()
-    assert (
-        str(out) in printed.out.splitlines()[-1]
-        and "held-out pass rate" in printed.out
-        and "pass " in printed.err
-    )
+    assert str(out) in printed.out.splitlines()[-1]
+    assert "held-out pass rate" in printed.out
+    assert "pass " in printed.err
+
     before, *steps = lines_of(out / "metrics.jsonl")
-    assert before["step"] == 0 and [s["step"] for s in steps] == [1, 2]
-    for step in steps:
-        for key in ("pass_base", "pass_suffix", "zero_variance_base", "zero_variance_suffix", "reset_depth", "localized", "tokens", "trained_tokens", "masked_share",
-                    "entropy", "grad_norm", "gap", "gap_prefix", "counters", "seconds", "total_tokens"):  # fmt: skip
-            assert key in step
     rollouts = lines_of(out / "rollouts.jsonl")
-    assert all(
-        r["question"].startswith("mod97") and r["answer"].isdigit() and "".join(r["thoughts"])
-        for r in rollouts
-    )
-    for step in steps:
-        assert step["total_tokens"] == sum(
-            sum(s["tokens"].values()) for s in steps if s["step"] <= step["step"]
-        )
-        mine = [r for r in rollouts if r["step"] == step["step"]]
-        assert sum(r["group"] is not None for r in mine) == 6 * 8
-        assert all(mine[r["seed"]]["reward"] == 0 for r in mine if r["seed"] is not None)
+    assert before["step"] == 0
+    assert [step["step"] for step in steps] == [1, 2]
+    check_steps_and_rollouts(steps, rollouts)
     if "grpo" in flags:
-        assert not any(r["reset"] for r in rollouts) and steps[0]["tokens"]["suffix"] == 0
+        assert not any(rollout["reset"] for rollout in rollouts)
+        assert steps[0]["tokens"]["suffix"] == 0
     else:
         assert steps[0]["tokens"]["suffix"] > 0
+
     AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "step_2")
     AutoTokenizer.from_pretrained(out / "checkpoints" / "step_2")
     assert (out / "curve.png").stat().st_size > 5000
-    assert {"config.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "checkpoints"} == {
-        p.name for p in out.iterdir()
-    }
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "checkpoints"}
+
+
+def check_steps_and_rollouts(steps, rollouts):
+    """Step lines have every key and add up; rollouts say what was trained, and their seeds."""
+    total_tokens = 0
+    for step in steps:
+        assert set(STEP_KEYS) <= step.keys()
+        total_tokens += sum(step["tokens"].values())
+        assert step["total_tokens"] == total_tokens
+        mine = [rollout for rollout in rollouts if rollout["step"] == step["step"]]
+        assert sum(rollout["group"] is not None for rollout in mine) == 6 * 8
+        for rollout in mine:
+            if rollout["seed"] is not None:
+                assert mine[rollout["seed"]]["reward"] == 0
+    for rollout in rollouts:
+        assert rollout["question"].startswith("mod97")
+        assert rollout["answer"].isdigit()
+        assert "".join(rollout["thoughts"])
+
+
+def test_training_learns(tmp_path):
+    """Sixteen steps on an easier chain lift the held-out pass rate well beyond chance."""
+    flags = (
+        "--engine hf --train_data chain-4 --eval_data chain-4 --steps 16 --lr 1e-3 "
+        "--eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0"
+    )
+    run_here(*flags.split(), "--out_dir", tmp_path / "run")
+    before, *_, after = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert after["eval_pass_rate"] > before["eval_pass_rate"] + 0.1
+
+
+def test_code_problems_need_a_sandbox(tmp_path, capsys, untouched, monkeypatch):
+    """A run on code problems says what isolates them; where nothing does, it is refused before
+    anything is written."""
+    code = tmp_path / "code.jsonl"
+    problems = []
+    for i in (2, 3):
+        question = f"mod97 1: +{i} start 2 ."
+        problems.append({"question": question, "kind": "code", "tests": {"stdin": [["2", "4"]]}})
+    append(code, problems)
+    flags = [*TINY, "--train_data", code, "--eval_data", code, "--steps", "1"]
+    flags += ["--eval_problems", "2"]
+
+    run_here(*flags, "--out_dir", tmp_path / "run")
+    assert "sandbox: Landlock, seccomp" in capsys.readouterr().out
+    last = lines_of(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["counters"]["no_code"] > 0  # the embedded policy does not write programs
+
+    monkeypatch.setattr("data.sandbox.ARCHES", {})
+    line = refused(capsys, *flags, "--out_dir", untouched)
+    assert "kind code cannot be graded on this machine" in line
+
+
+# ------------------------------------------------------------------------------- the same run again
+
+LONGER = [*TINY, "--steps", "5", "--seed", "3", "--eval_every", "0"]
 
 
 def weights(out, step):
     return (out / "checkpoints" / f"step_{step}" / "model.safetensors").read_bytes()
 
 
-LONGER = [*TINY, "--steps", "5", "--seed", "3", "--eval_every", "0"]
+def files_of(out):
+    return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def without_seconds(lines):
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +170,11 @@ def uninterrupted(tmp_path_factory):
 
 
 def same_run(out, uninterrupted):
-    assert (
-        weights(out, 5) == weights(uninterrupted, 5) != (POLICY / "model.safetensors").read_bytes()
-    )
-    drop = lambda lines: [{k: v for k, v in line.items() if k != "seconds"} for line in lines]  # noqa: E731
+    assert weights(out, 5) == weights(uninterrupted, 5)
+    assert weights(out, 5) != (POLICY / "model.safetensors").read_bytes()
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert drop(lines_of(out / name)) == drop(lines_of(uninterrupted / name))
+        ours, theirs = lines_of(out / name), lines_of(uninterrupted / name)
+        assert without_seconds(ours) == without_seconds(theirs)
 
 
 def test_same_seed_same_run_and_other_seed_other_run(tmp_path, uninterrupted):
@@ -116,17 +187,16 @@ def test_same_seed_same_run_and_other_seed_other_run(tmp_path, uninterrupted):
 def test_kill_and_resume_equals_uninterrupted(tmp_path, uninterrupted):
     out = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "srpo.py"), *LONGER, "--out_dir", str(out)],
+        [*SRPO, *LONGER, "--out_dir", str(out)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    metrics = out / "metrics.jsonl"
     while not (out / "checkpoints" / "step_2").exists():
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with metrics.open("a") as file:  # as if killed in the middle of writing
+    with (out / "metrics.jsonl").open("a") as file:  # as if killed in the middle of writing
         file.write('{"step": 4, "total_tok')
     (out / "checkpoints" / "tmp-step_9").mkdir()  # and in the middle of saving
     done = run("--resume", out)
@@ -147,9 +217,8 @@ def test_killed_before_the_first_checkpoint(tmp_path, uninterrupted):
 
 def test_ctrl_c_saves_and_ends_and_resumes(tmp_path, uninterrupted):
     out = tmp_path / "stopped"
-    flags = [*LONGER, "--save_every", "100", "--out_dir", str(out)]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "srpo.py"), *flags],
+        [*SRPO, *LONGER, "--save_every", "100", "--out_dir", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -160,7 +229,8 @@ def test_ctrl_c_saves_and_ends_and_resumes(tmp_path, uninterrupted):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
-    assert "go on with: python srpo.py --resume" in stdout and "Traceback" not in stderr
+    assert "go on with: python srpo.py --resume" in stdout
+    assert "Traceback" not in stderr
     assert list((out / "checkpoints").glob("step_*"))
     run_here("--resume", out)
     assert weights(out, 5) == weights(uninterrupted, 5)
@@ -177,21 +247,136 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys, uninterrupted
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     before = files_of(out)
-    srpo.main(["--resume", str(out)])
+    run_here("--resume", out)
     assert files_of(out) == before
-    assert (
-        f"-> {lines_of(out / 'metrics.jsonl')[-1]['eval_pass_rate']:.3f} in"
-        in capsys.readouterr().out
-    )
+    last = lines_of(out / "metrics.jsonl")[-1]["eval_pass_rate"]
+    printed = capsys.readouterr().out
+    assert f"-> {last:.3f} in" in printed
+    assert "older run" not in printed
 
 
-# ---------------------------------------------------------------------------------------------------------------- bad input
+def test_an_older_run_is_resumed(tmp_path, capsys, uninterrupted):
+    """A setting that config.json lacks gets its default, and says so; an unknown one is ignored."""
+    out = tmp_path / "older"
+    out.mkdir()
+    config = json.loads((uninterrupted / "config.json").read_text())
+    lacking = {"grad_clip", "oracle_tau"}
+    for key in lacking | {"name"}:
+        del config[key]
+    config["seed_choice"] = "first"  # a setting that there is no more
+    (out / "config.json").write_text(json.dumps(config))
+    run_here("--resume", out)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "older run" in line]
+    start, named = said.split(" an older run; it gets the default of ")
+    assert start == f"--resume {out}:"
+    assert set(named.split(", ")) == lacking
+    same_run(out, uninterrupted)
+
+
+# ----------------------------------------------------------------------------------- names and help
+
+
+def name_with(flags):
+    return srpo.parse(flags.split()).name()
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("", "srpo 1x4"),
+        ("--clip 0.2", "srpo 1x4 clip=0.2"),
+        ("--split 2x4", "srpo 2x4"),
+        ("--method rrpo", "rrpo 1x4"),
+        ("--method grpo", "grpo"),
+    ],
+)
+def test_a_name_is_the_difference_from_the_defaults(flags, name):
+    assert name_with(flags) == name
+
+
+def test_other_settings_have_other_names():
+    settings = [
+        "",
+        "--temperature 0.8",
+        "--temperature 0.9",
+        "--base 6",
+        "--prompts_per_step 16",
+        "--grad_clip 2",
+        "--localize_fallback skip",
+    ]
+    names = {name_with(flags) for flags in settings}
+    assert len(names) == len(settings)
+
+
+@pytest.mark.parametrize("method", ["srpo", "grpo"])
+@pytest.mark.parametrize(
+    "flags", ["--seed 3", "--engine hf", "--micro_batch 8", "--out_dir runs/other"]
+)
+def test_what_does_not_change_the_method_is_not_in_the_name(method, flags):
+    assert name_with(f"--method {method} {flags}") == name_with(f"--method {method}")
+
+
+def test_a_run_knows_its_name_and_settings(uninterrupted):
+    cfg = srpo.parse(LONGER)
+    config = json.loads((uninterrupted / "config.json").read_text())
+    assert config["name"] == cfg.name() == name_of(read_run(uninterrupted))
+    assert "train_data=chain-5" in config["name"]
+    assert config | vars(cfg) | {"out_dir": str(uninterrupted)} == config
+
+
+def test_an_older_run_is_pooled_with_no_other(tmp_path, uninterrupted):
+    """Without a name in its config.json a run keeps its folder's name."""
+    config = json.loads((uninterrupted / "config.json").read_text())
+    del config["name"]
+    names = {name_of(read_run(uninterrupted))}
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        shutil.copytree(uninterrupted, folder)
+        (folder / "config.json").write_text(json.dumps(config))
+        names.add(name_of(read_run(folder)))
+    assert len(names) == 3
+
+
+def test_the_embedded_policy_by_its_name_and_by_its_folder():
+    """Both have its learning rate; another policy has not."""
+    assert srpo.parse([]).lr == srpo.parse(["--model", str(POLICY)]).lr == 5e-4
+    assert srpo.parse(["--model", "another"]).lr == 1e-6
+
+
+# Titles of groups in --help, each with some of its settings.
+GROUPS = {
+    "method": ["--method", "--localizer", "--clip"],
+    "data": ["--model", "--train_data", "--seed"],
+    "sampling": ["--engine", "--temperature"],
+    "training": ["--steps", "--lr", "--lora_rank"],
+    "evaluating, logging and resuming": ["--eval_every", "--out_dir", "--resume"],
+}
+
+
+def test_help_explains_every_setting_in_its_group(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    with pytest.raises(SystemExit, match="0"):
+        run_here("--help")
+    said = capsys.readouterr().out
+    for setting in fields(srpo.Config):
+        assert f"--{setting.name}" in said
+    section_of = {section.split(":\n")[0]: section for section in said.split("\n\n")}
+    assert list(section_of)[-len(GROUPS) :] == list(GROUPS)
+    for title, flags in GROUPS.items():
+        for flag in flags:
+            assert f"\n  {flag} " in section_of[title]
+    for option in re.split(r"\n  (?=-)", said):  # no default is said twice
+        assert option.count("(default: ") <= 1
+        assert not ("unset: " in option and "(default: " in option)
+    assert " /" not in said  # nothing names a folder of this machine
+
+
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def refused(capsys, *args):
     """Runs main in this process; returns its one line of complaint."""
     with pytest.raises(SystemExit) as end:
-        srpo.main([str(a) for a in args])
+        run_here(*args)
     assert end.value.code == 2
     complaint = capsys.readouterr().err.strip().splitlines()
     return complaint[-1] if "usage" in complaint[0] else "\n".join(complaint)
@@ -202,6 +387,21 @@ def untouched(tmp_path):
     """An output folder that must not come into being."""
     yield tmp_path / "out"
     assert not (tmp_path / "out").exists()
+
+
+def write_bad_inputs(folder):
+    good = '{"question": "1+1", "answer": "2", "kind": "integer"}\n'
+    (folder / "good.jsonl").write_text(good)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "malformed.jsonl").write_text(good + '{"question": \n')
+    (folder / "field.jsonl").write_text('{"question": "1+1", "kind": "integer"}')
+    long = {"question": "= " * 500, "answer": "2", "kind": "integer"}
+    (folder / "long.jsonl").write_text(json.dumps(long))
+    shutil.copytree(POLICY, folder / "no_pad")
+    config_path = folder / "no_pad" / "tokenizer_config.json"
+    config = json.loads(config_path.read_text())
+    config.pop("pad_token")
+    config_path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -235,50 +435,30 @@ def untouched(tmp_path):
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, untouched, flags, complaint):
-    good = '{"question": "1+1", "answer": "2", "kind": "integer"}\n'
-    (tmp_path / "good.jsonl").write_text(good)
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "malformed.jsonl").write_text(good + '{"question": \n')
-    (tmp_path / "field.jsonl").write_text('{"question": "1+1", "kind": "integer"}')
-    (tmp_path / "long.jsonl").write_text(
-        json.dumps({"question": "= " * 500, "answer": "2", "kind": "integer"})
-    )
-    if "no_pad" in flags:
-        shutil.copytree(POLICY, tmp_path / "no_pad")
-        config = json.loads((tmp_path / "no_pad" / "tokenizer_config.json").read_text())
-        config.pop("pad_token")
-        (tmp_path / "no_pad" / "tokenizer_config.json").write_text(json.dumps(config))
-    line = refused(
-        capsys, *TINY, *flags.replace("{tmp}", str(tmp_path)).split(), "--out_dir", untouched
-    )
-    assert complaint in line and "\n" not in line
+    write_bad_inputs(tmp_path)
+    flags = flags.replace("{tmp}", str(tmp_path)).split()
+    line = refused(capsys, *TINY, *flags, "--out_dir", untouched)
+    assert complaint in line
+    assert "\n" not in line
 
 
 def test_without_vllm(tmp_path, capsys, monkeypatch, untouched):
-    """auto says why it takes transformers; asking for vLLM itself is refused before anything is written."""
+    """auto says why it takes transformers; asking for vLLM itself is refused before anything is
+    written."""
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
     line = refused(capsys, *TINY, "--engine", "vllm", "--out_dir", untouched)
-    assert (
-        "--engine vllm: vLLM cannot be used: ModuleNotFoundError" in line
-        and "use --engine hf" in line
-        and "\n" not in line
-    )
-    srpo.main([*TINY, "--engine", "auto", "--steps", "1", "--out_dir", str(tmp_path / "auto")])
-    assert capsys.readouterr().out.startswith(
-        "engine: hf (vLLM cannot be used: ModuleNotFoundError"
-    )
+    assert "--engine vllm: vLLM cannot be used: ModuleNotFoundError" in line
+    assert "use --engine hf" in line
+    assert "\n" not in line
+    run_here(*TINY, "--engine", "auto", "--steps", "1", "--out_dir", tmp_path / "auto")
+    said = capsys.readouterr().out
+    assert said.startswith("engine: hf (vLLM cannot be used: ModuleNotFoundError")
 
 
 def test_unwritable_out_dir(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "choose another --out_dir" in refused(
-        capsys, *TINY, "--out_dir", tmp_path / "file" / "run"
-    )
-    assert "choose another --out_dir" in refused(capsys, *TINY, "--out_dir", "/proc/run")
-
-
-def files_of(out):
-    return {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    for out in (tmp_path / "file" / "run", Path("/proc/run")):
+        assert "choose another --out_dir" in refused(capsys, *TINY, "--out_dir", out)
 
 
 def test_a_run_is_never_overwritten(capsys, uninterrupted):
@@ -305,15 +485,16 @@ def test_resume_from_a_damaged_or_foreign_checkpoint(tmp_path, capsys, uninterru
         shutil.copytree(POLICY, newest)
     before = files_of(out)
     line = refused(capsys, "--resume", out, "--steps", "9")
-    assert "step_5 is damaged" in line and "remove" in line and "\n" not in line
+    assert "step_5 is damaged" in line
+    assert "remove" in line
+    assert "\n" not in line
     assert files_of(out) == before
 
 
 def test_resume_with_other_settings(capsys, uninterrupted):
     before = files_of(uninterrupted)
-    assert "that run has grad_clip = 1.0" in refused(
-        capsys, "--resume", uninterrupted, "--grad-clip", "2"
-    )
+    line = refused(capsys, "--resume", uninterrupted, "--grad-clip", "2")
+    assert "that run has grad_clip = 1.0" in line
     line = refused(capsys, "--resume", uninterrupted, "--lr", "0.5")
     assert "that run has lr = 0.0005, not 0.5; leave --lr out" in line
     assert files_of(uninterrupted) == before
@@ -321,91 +502,67 @@ def test_resume_with_other_settings(capsys, uninterrupted):
 
 def test_exit_code_of_the_real_command(tmp_path):
     done = run("--train_data", tmp_path / "none.jsonl", "--out_dir", tmp_path / "out")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert (
-        done.stderr.strip().splitlines()[-1].startswith("srpo.py: ")
-        and not (tmp_path / "out").exists()
-    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("srpo.py: ")
+    assert not (tmp_path / "out").exists()
 
 
-def test_help_explains_every_setting(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "220")
-    with pytest.raises(SystemExit, match="0"):
-        run_here("--help")
-    said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in srpo.Config.__dataclass_fields__)
+# ------------------------------------------------------------------------------------ the step line
 
 
-def test_training_learns(tmp_path, capsys):
-    """Sixteen steps on an easier chain lift the held-out pass rate well beyond chance."""
-    srpo.main(
-        "--engine hf --train_data chain-4 --eval_data chain-4 --steps 16 --lr 1e-3 --eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0 --out_dir".split()
-        + [str(tmp_path / "run")]
-    )
-    before, *_, after = lines_of(Path(tmp_path) / "run" / "metrics.jsonl")
-    assert after["eval_pass_rate"] > before["eval_pass_rate"] + 0.1
+def one_response(task):
+    """A program: one response to the prompt."""
+    (base,) = yield [task.request("base", 1)]
+    return base
 
 
-def test_code_problems_need_a_sandbox(tmp_path, capsys, untouched, monkeypatch):
-    """A run on code problems says what isolates them; where nothing does, it is refused before anything is written."""
-    tests = {"stdin": [["2", "4"]]}
-    (tmp_path / "code.jsonl").write_text(
-        "".join(
-            json.dumps({"question": f"mod97 1: +{i} start 2 .", "kind": "code", "tests": tests})
-            + "\n"
-            for i in (2, 3)
-        )
-    )
-    flags = [
-        *TINY,
-        "--train_data",
-        tmp_path / "code.jsonl",
-        "--eval_data",
-        tmp_path / "code.jsonl",
-        "--steps",
-        "1",
-        "--eval_problems",
-        "2",
-    ]
-    srpo.main([str(f) for f in [*flags, "--out_dir", tmp_path / "run"]])
-    assert "sandbox: Landlock, seccomp" in capsys.readouterr().out
-    assert (
-        lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["counters"]["no_code"] > 0
-    )  # the embedded policy does not write programs
-    monkeypatch.setattr("data.sandbox.ARCHES", {})
-    assert "kind code cannot be graded on this machine" in refused(
-        capsys, *flags, "--out_dir", untouched
+def suffix_of(task, seed, reset, reward):
+    """A suffix rollout of `seed`, reset at thought `reset`."""
+    return Rollout(
+        problem=task.problem.index,
+        purpose="suffix",
+        prompt_ids=seed.prompt_ids,
+        token_ids=seed.token_ids,
+        logps=seed.logps,
+        thought_ends=seed.thought_ends,
+        finish="answer",
+        prefix_len=len(seed.prefix(reset)),
+        reward=reward,
+        group=(task.slot, 1),
+        seed=seed,
+        reset=reset,
+        localized="self",
     )
 
 
 def test_step_line_knows_clean_and_erroneous_prefixes(policy, tmp_path):
-    """Resets at, before and after the true first wrong thought: the first two leave a clean prefix, and nothing else counts as exact."""
+    """Resets at, before and after the true first wrong thought: the first two leave a clean prefix,
+    and nothing else counts as exact."""
     tasks = policy.tasks(5, 24, seed=3)
-    rollouts, expected, late = [], {True: [], False: []}, []
+    rollouts, offsets = [], []  # offsets: reset minus truth
+    clean_rewards, erroneous_rewards = [], []
     for task in tasks:
-        ((seed,),) = run_programs([only(task)], policy.engine).results
-        truth = task.problem.check_steps(seed.thoughts(policy.tokenizer))
+        ((seed,),) = run_programs([one_response(task)], policy.engine).results
+        truth = task.first_wrong(seed)
         if truth is None or not 1 < truth < len(seed.thought_ends):
             continue
-        d = (0, -1, 1)[len(late) % 3]
-        late.append(d)
+        offset = (0, -1, 1)[len(offsets) % 3]
+        offsets.append(offset)
         for i in range(2):
-            rollouts.append(Rollout(task.problem.index, "suffix", seed.prompt_ids, seed.token_ids, seed.logps, seed.thought_ends, "answer", prefix_len=len(seed.prefix(truth + d)),
-                                    reward=float(i and d == 0), group=(task.slot, 1), seed=seed, reset=truth + d, localized="self"))  # fmt: skip
-            expected[d <= 0].append(rollouts[-1].reward)
-    assert len(late) >= 6
-    line = srpo.step_metrics(rollouts, [], tasks)
-    assert line["localized_exact"] == pytest.approx(np.mean([d == 0 for d in late])) and line[
-        "localized_clean"
-    ] == pytest.approx(np.mean([d <= 0 for d in late]))
-    assert line["pass_suffix_clean"] == pytest.approx(np.mean(expected[True])) and line[
-        "pass_suffix_erroneous"
-    ] == pytest.approx(np.mean(expected[False]))
-    srpo.write_rollouts(tmp_path / "r.jsonl", 1, [], [rollouts[0].seed], tasks)
-    (record,) = lines_of(tmp_path / "r.jsonl")
+            reward = float(i == 1 and offset == 0)
+            rollouts.append(suffix_of(task, seed, truth + offset, reward))
+            (clean_rewards if offset <= 0 else erroneous_rewards).append(reward)
+    assert len(offsets) >= 6
+    exact = np.mean([offset == 0 for offset in offsets])
+    clean = np.mean([offset <= 0 for offset in offsets])
+
+    line = step_metrics(rollouts, [], tasks)
+    assert line["localized_exact"] == pytest.approx(exact)
+    assert line["localized_clean"] == pytest.approx(clean)
+    assert line["pass_suffix_clean"] == pytest.approx(np.mean(clean_rewards))
+    assert line["pass_suffix_erroneous"] == pytest.approx(np.mean(erroneous_rewards))
+
+    append(tmp_path / "rollouts.jsonl", records_of(1, [rollouts[0].seed], tasks))
+    (record,) = lines_of(tmp_path / "rollouts.jsonl")
     assert record["first_wrong"] == rollouts[0].reset  # the first of them was reset at the truth
-
-
-def only(task):
-    (base,) = yield [task.request("base", 1)]
-    return base

