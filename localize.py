@@ -210,6 +210,8 @@ def prefix_values(task: Task, rollouts: list[Rollout], purpose: str = "oracle") 
     groups = yield list(requests.values())
     value = {}
     for state, group in zip(requests, groups):
+        if not group:
+            raise ValueError("a prefix leaves no room in the context for a continuation")
         value[state] = sum(r.reward for r in group) / len(group)
     values = []
     for rollout in rollouts:

@@ -9,9 +9,9 @@ T_i     trained tokens: every response token of a base rollout, only the suffix 
         (the shared prefix is masked: it was not sampled for this group)
 pi      the policy at the sampling temperature; y_t is token t of the response, y_<t all before it
 
-So every rollout has the same say, 1/N, whatever its group. A prompt with one group of 4 has half the
-say of a prompt with two, and one with 5 rollouts 5/8 of one with 8. Flat groups count in N: a step
-in which few groups have variance is a small step.
+So every rollout has the same say, 1/N, whatever its group. A prompt with one group of 4 has half
+the say of a prompt with two, and one with 5 rollouts 5/8 of one with 8. Flat groups count in N: a
+step in which few groups have variance is a small step.
 
 From top to bottom this file follows the equation: `set_advantages` gives A_i, `token_weights` gives
 A_i(t) / (|T_i| N), `collate` makes padded tensors, `chosen_logps` gives log pi(y_t | y_<t),
@@ -45,10 +45,10 @@ from rollout import Rollout, grouped
 def set_advantages(rollouts: list[Rollout], normalize: bool = True) -> None:
     """Writes A_i = (r_i - mean) / std of its own group into each rollout. Paper step 5.
 
-    std is the population's; all A are zero where std < 1e-8. Rewards 1, 0, 0, 0 give advantages 1.73,
-    -0.58, -0.58, -0.58, the same for all thoughts of a rollout. Groups whose program has set
-    advantages keep them. normalize=False leaves the std out (tests: an unbiased gradient).
-    Raises ValueError if the members of a group do not start from one state.
+    std is the population's; all A are zero where std < 1e-8. Rewards 1, 0, 0, 0 give advantages
+    1.73, -0.58, -0.58, -0.58, the same for all thoughts of a rollout. Groups whose program has set
+    advantages keep them. normalize=False leaves the std out (tests: an unbiased gradient). Raises
+    ValueError if the members of a group do not start from one state.
     """
     for group, members in grouped(rollouts).items():
         if all(rollout.advantages is not None for rollout in members):

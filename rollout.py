@@ -234,7 +234,8 @@ class Task:
         )
 
     def reply(self, rollout: Rollout, text: str) -> list[int]:
-        """Prompt ids of the next turn: what was sampled, without its end-of-text, then a user message.
+        """Prompt ids of the next turn: what was sampled, without its end-of-text, then a user
+        message.
 
         The sampled ids are never encoded again.
         """

@@ -110,7 +110,7 @@ def encode_question(tokenizer, problem: Problem) -> list[int]:
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of a user message: through the chat template if there is one, else the plain text."""
+    """Token ids of a user message, through the chat template if there is one."""
     text = without_special_tokens(tokenizer, text)
     if not tokenizer.chat_template:
         return tokenizer(text)["input_ids"]
@@ -143,7 +143,7 @@ def encode_turn(tokenizer, text: str) -> list[int]:
 
 
 def without_special_tokens(tokenizer, text: str) -> str:
-    """Special tokens that a text spells become a space: they would end the message that quotes it."""
+    """Special tokens in a text become a space: they would end the message that quotes it."""
     for token in tokenizer.added_tokens_decoder.values():
         if token.special and token.content != DELIMITER:
             text = text.replace(token.content, " ")

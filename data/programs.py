@@ -3,7 +3,8 @@
 A method is a generator function (rollout.py). Its name is one of `rollout.PROGRAMS`, or
 MODULE:FUNCTION, or FILE.py:FUNCTION: then nothing of this project needs a change.
 
-Left out: arguments for programs. They read the settings (`task.cfg`), and have constants of their own.
+Left out: arguments for programs. They read the settings (`task.cfg`), and have constants of their
+own.
 
 Try it alone:  python -m data.programs FILE.py:FUNCTION    # loads it, and says what is wrong
 """
@@ -54,7 +55,8 @@ def load_program(method: str) -> Callable:
 
 
 def trained_rollouts(method: str, sampled: Sampled) -> list[Rollout]:
-    """What the programs of a step returned, in one list. Raises UserError for what cannot be trained.
+    """What the programs of a step returned, in one list. Raises UserError for what cannot be
+    trained.
 
     method: its name, for the message.
     """

@@ -27,7 +27,7 @@ LAYERS = [
     ["data/tasks.py", "data/thoughts.py"],
     # the record, the programs, the engines
     ["rollout.py"],
-    ["data/contexts.py", "data/metrics.py", "localize.py"],
+    ["data/contexts.py", "data/metrics.py", "data/programs.py", "localize.py"],
     ["loss.py"],
     # what a run writes, and what is read from it
     ["data/runs.py"],
@@ -41,6 +41,7 @@ LAYERS = [
         "data/prepare.py",
         "data/build_policy.py",
         "data/warm_start.py",
+        "tests/methods.py",
         "tests/speed.py",
         "tests/study.py",
         "tests/theory.py",
