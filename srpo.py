@@ -168,11 +168,13 @@ NOT_NEGATIVE = (
 
 
 @dataclass
-class Config(*GROUPS):
+class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order of the groups
     """Every setting of a run. `python srpo.py --help` prints them."""
 
     def resolve(self) -> "Config":
         """Fills in the defaults that depend on other settings, and checks all of them."""
+        if Path(policies.policy_source(self.model)).resolve() == policies.EMBEDDED:
+            self.model = "embedded"
         base, prefixes, suffixes = (8, 0, 0) if self.method == "grpo" else SPLITS[self.split]
         self.base = base if self.base is None else self.base
         self.prefixes = prefixes if self.prefixes is None else self.prefixes
@@ -185,7 +187,7 @@ class Config(*GROUPS):
         return self
 
     def usual_lr(self) -> float:
-        if Path(policies.policy_source(self.model)).resolve() == policies.EMBEDDED:
+        if self.model == "embedded":
             return 5e-4
         return 5e-5 if self.lora_rank else 1e-6
 
@@ -566,6 +568,8 @@ class Help(ArgumentDefaultsHelpFormatter):
     """Prints a default once; a setting that is unset by default says itself what that means."""
 
     def _get_help_string(self, action):
+        if action.option_strings[0].startswith("--no_"):
+            return "the same with false"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
