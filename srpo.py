@@ -39,7 +39,6 @@ from typing import ClassVar, Literal, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -641,9 +640,7 @@ def main(argv: list[str]) -> None:
             time.sleep(5)
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
-    # vLLM closes its groups, and ours, when the program ends.
-    if dist.is_initialized() and "vllm" not in sys.modules:
-        dist.destroy_process_group()
+    parallel.disconnect()
 
 
 if __name__ == "__main__":
