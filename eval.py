@@ -40,7 +40,7 @@ from data.curves import (
 )
 from data.driver import run_programs
 from data.faults import UserError, counters
-from data.parallel import connect, on_main, processes, rank
+from data.parallel import connect, disconnect, on_main, processes, rank
 from data.policies import encode_all, encode_prompt, load_policy
 from data.tasks import GENERATED, load_problems
 from data.verifiers import check_machine
@@ -491,6 +491,7 @@ def main(argv: list[str]) -> None:
     add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
     args = parser.parse_args(argv)
     args.function(args)
+    disconnect()
 
 
 def add_command(commands, function):

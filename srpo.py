@@ -21,8 +21,8 @@ With several processes each samples and grades its share of the prompts, gets th
 and trains on its share of the rows. Parameters, gradients and optimizer state are sharded (FSDP2).
 Nothing in the algorithm depends on the number of processes.
 
-Departures from the paper's settings: sampling at T = 1 and top_p = 1 (other values bias the
-gradient; top_p < 1 warns), and full fine-tuning unless --lora_rank is given.
+Departures from the paper's settings: sampling at T = 1 and top_p = 1 (top_p below 1 biases the
+gradient, and warns), and full fine-tuning unless --lora_rank is given.
 Left out: training and sampling on different GPUs or at the same time (no longer on-policy).
 """
 
@@ -39,7 +39,6 @@ from typing import Callable, ClassVar, Literal, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -176,13 +175,19 @@ NOT_NEGATIVE = (
 
 
 @dataclass
-class Config(*GROUPS):
+class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order of the groups
     """Every setting of a run. `python srpo.py --help` prints them."""
 
     def resolve(self) -> "Config":
         """Fills in the defaults that depend on other settings, and checks all of them."""
+<<<<<<< HEAD
         resets = self.method in ("srpo", "rrpo")
         base, prefixes, suffixes = SPLITS[self.split] if resets else (8, 0, 0)
+=======
+        if Path(policies.policy_source(self.model)).resolve() == policies.EMBEDDED:
+            self.model = "embedded"
+        base, prefixes, suffixes = (8, 0, 0) if self.method == "grpo" else SPLITS[self.split]
+>>>>>>> a19b1e837b966c44e3a23573c64ab2106c4de29a
         self.base = base if self.base is None else self.base
         self.prefixes = prefixes if self.prefixes is None else self.prefixes
         self.suffixes = suffixes if self.suffixes is None else self.suffixes
@@ -194,7 +199,7 @@ class Config(*GROUPS):
         return self
 
     def usual_lr(self) -> float:
-        if Path(policies.policy_source(self.model)).resolve() == policies.EMBEDDED:
+        if self.model == "embedded":
             return 5e-4
         return 5e-5 if self.lora_rank else 1e-6
 
@@ -206,6 +211,10 @@ class Config(*GROUPS):
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
+        if self.method == "grpo" and self.prefixes:
+            raise UserError("--method grpo has no resets; leave --prefixes out, or use srpo")
+        if self.prefixes and self.suffixes < 2:
+            raise UserError(f"--suffixes must be at least 2, not {self.suffixes}: it is a group")
         if self.base + self.prefixes * self.suffixes < 2:
             raise UserError(
                 "a prompt needs at least 2 trained rollouts; "
@@ -425,6 +434,7 @@ def set_up(cfg: Config) -> Training:
         on_main(runs.check_new, out_dir)
     dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
     model, tokenizer = policies.load_policy(cfg.model, dtype)
+    policies.check_head(model, cfg.model)
     longest = model.config.get_text_config().max_position_embeddings
     context = min(cfg.context or longest, longest)
     train_prompts = policies.encode_all(tokenizer, train_problems, context, cfg.train_data)
@@ -571,14 +581,19 @@ def say_goodbye(run: Training, stopped: bool, seconds: float) -> None:
 
 # ------------------------------------------------------------------------------------- command line
 
-# On --resume these may change: they do not change what is computed.
-MAY_CHANGE = {"steps", "resume", "eval_every", "save_every", "rollouts_every"}
+# On --resume these may change: what is computed stays the same, up to rounding.
+MAY_CHANGE = (
+    "steps resume eval_every save_every rollouts_every "
+    "micro_batch chunk max_rows engine_memory grad_checkpointing"
+).split()
 
 
 class Help(ArgumentDefaultsHelpFormatter):
     """Prints a default once; a setting that is unset by default says itself what that means."""
 
     def _get_help_string(self, action):
+        if action.option_strings[0].startswith("--no_"):
+            return "the same with false"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -650,9 +665,7 @@ def main(argv: list[str]) -> None:
             time.sleep(5)
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
-    # vLLM closes its groups, and ours, when the program ends.
-    if dist.is_initialized() and "vllm" not in sys.modules:
-        dist.destroy_process_group()
+    parallel.disconnect()
 
 
 if __name__ == "__main__":

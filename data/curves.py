@@ -216,15 +216,22 @@ def pyplot():
 def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
     """Draws the held-out pass rate against each of `axes` (keys of AXES).
 
-    Runs of one name are drawn as their mean over seeds, with its 95% interval. A single run also
-    gets the pass rates of its training rollouts."""
+    Runs of one name are drawn as their mean over seeds, with its 95% interval. A single run has
+    the first of the axes only, since it looks alike by all, and the pass rates of its training
+    rollouts too."""
+    runs = list(chain.from_iterable(named.values()))
+    if len(runs) == 1:
+        axes = axes[:1]
+    columns = min(2, len(axes))
+    rows = math.ceil(len(axes) / columns)
     plt = pyplot()
-    size = (10, 1.9 * len(axes))
-    figure, grid = plt.subplots(len(axes) // 2, 2, figsize=size, sharey=True, layout="constrained")
+    size = (4 + 3 * columns, 3.8 * rows)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     panels = dict(zip(axes, grid.ravel()))
     for number, (name, members) in enumerate(named.items()):
         draw_mean(panels, name, members, f"C{number}")
-    runs = list(chain.from_iterable(named.values()))
     if len(runs) == 1:
         draw_training_rates(panels, runs[0])
     for axis, panel in panels.items():

@@ -73,6 +73,16 @@ def connect() -> tuple[torch.device, bool]:
     return device, sharded
 
 
+def disconnect() -> None:
+    """Leaves the group at the end of a program: a process that just ends can take others down.
+
+    vLLM closes its groups, and ours, itself.
+    """
+    if dist.is_initialized() and "vllm" not in sys.modules:
+        barrier()
+        dist.destroy_process_group()
+
+
 def gather(mine) -> list:
     """What each process gave, on every process, by rank. All processes must call it."""
     if processes() == 1:

@@ -57,6 +57,23 @@ def load_policy(name: str | Path, dtype: torch.dtype = torch.float32):
     return model, tokenizer
 
 
+def check_head(model, name: str) -> None:
+    """Raises UserError if the model changes logits after its head (a soft cap, a scale).
+
+    loss.py runs body and head itself, so that the head runs only on trained tokens.
+    """
+    ids = torch.tensor([[1, 2, 3]]) % model.get_input_embeddings().num_embeddings
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        ours = model.get_output_embeddings()(hidden)
+    if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"--model {name}: {type(model).__name__} changes the logits after its head, which the "
+            "loss does not do; use another architecture"
+        )
+
+
 def eos_of(model) -> set[int]:
     """Token ids that end a response, as the model's generation config names them."""
     eos = model.generation_config.eos_token_id

@@ -263,7 +263,7 @@ def name_of(run: Run) -> str:
     srpo.py writes it. An older run has none: it keeps its folder's name, and is pooled with no
     other.
     """
-    return run.config.get("name") or f"{run.config['method']} in {run.folder.resolve().name}"
+    return run.config.get("name") or f"{run.config['method']} in {run.folder.resolve()}"
 
 
 if __name__ == "__main__":
