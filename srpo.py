@@ -180,14 +180,10 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
 
     def resolve(self) -> "Config":
         """Fills in the defaults that depend on other settings, and checks all of them."""
-<<<<<<< HEAD
-        resets = self.method in ("srpo", "rrpo")
-        base, prefixes, suffixes = SPLITS[self.split] if resets else (8, 0, 0)
-=======
         if Path(policies.policy_source(self.model)).resolve() == policies.EMBEDDED:
             self.model = "embedded"
-        base, prefixes, suffixes = (8, 0, 0) if self.method == "grpo" else SPLITS[self.split]
->>>>>>> a19b1e837b966c44e3a23573c64ab2106c4de29a
+        resets = self.method in ("srpo", "rrpo")
+        base, prefixes, suffixes = SPLITS[self.split] if resets else (8, 0, 0)
         self.base = base if self.base is None else self.base
         self.prefixes = prefixes if self.prefixes is None else self.prefixes
         self.suffixes = suffixes if self.suffixes is None else self.suffixes
