@@ -29,7 +29,7 @@ from data.tasks import load_problems
 from data.thoughts import Vocabulary
 from data.verifiers import DELIMITER
 from localize import by_self, localization_prompt, parse_localization, review_text
-from loss import backward, set_advantages
+from loss import backward, set_advantages, weigh
 from rollout import HFEngine, Request, Row, make_tasks, resets
 
 TEMPLATE = (
@@ -465,7 +465,7 @@ def test_supervised_steps_learn(folder, tokenizer):
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        sums = backward(model, examples, 4, tokenizer.pad_token_id, cfg)
+        sums = backward(model, weigh(examples, cfg), tokenizer.pad_token_id, cfg)
         losses.append(sums.loss)
         optimizer.step()
 

@@ -30,6 +30,7 @@ from loss import (
     set_advantages,
     surrogate,
     token_weights,
+    weigh,
 )
 from rollout import Rollout, grouped, grpo, resets
 
@@ -57,19 +58,19 @@ def test_advantages_stay_inside_their_group():
     suffix = [rollout_of(reward, (0, 1), prefix=[5]) for reward in (1, 1, 0, 0)]
     flat = [rollout_of(1, (1, 0)) for _ in range(4)]
     set_advantages(base + suffix + flat)
-    assert [round(r.advantage, 4) for r in base] == [1.7321, -0.5774, -0.5774, -0.5774]
-    assert [r.advantage for r in suffix] == [1, 1, -1, -1]
-    assert [r.advantage for r in flat] == [0, 0, 0, 0]
+    assert [round(r.advantages[0], 4) for r in base] == [1.7321, -0.5774, -0.5774, -0.5774]
+    assert [r.advantages for r in suffix] == [[1], [1], [-1], [-1]]
+    assert [r.advantages for r in flat] == [[0]] * 4
 
 
 def test_a_group_of_two_states_is_refused():
     with pytest.raises(ValueError, match="mixes two states"):
-        grouped([rollout_of(1, (0, 1), prefix=[5]), rollout_of(0, (0, 1))])
+        set_advantages([rollout_of(1, (0, 1), prefix=[5]), rollout_of(0, (0, 1))])
 
 
 def test_token_weights():
     rollout = rollout_of(1, (0, 1), prefix=[5, 6], tokens=[7, 8, 9])
-    rollout.advantage = 1.5
+    rollout.advantages = [1.5]
     assert token_weights(rollout, 8) == [0, 0, 0.0625, 0.0625, 0.0625]
     by_response = token_weights(rollout, 8, length="response")
     assert by_response == [0, 0, 1.5 / 40, 1.5 / 40, 1.5 / 40]
@@ -240,7 +241,7 @@ def step(policy):
 def whole_step(policy, step, rank=0, ranks=1, **changed):
     """`backward` over all rollouts of the step, or over one process's part of them."""
     cfg = settings(**changed)
-    return backward(policy.model, step, len(step), 0, cfg, rank=rank, ranks=ranks)
+    return backward(policy.model, weigh(step, cfg), 0, cfg, rank=rank, ranks=ranks)
 
 
 def gradients(policy, compute, *args, **kwargs):
@@ -270,11 +271,13 @@ def test_gradient_does_not_depend_on_micro_batch_or_chunk(
 
 
 def test_gradient_does_not_depend_on_row_order_or_parts(policy, step, reference):
-    shuffled = [step[i] for i in np.random.default_rng(0).permutation(len(step))]
+    cfg = settings(micro_batch=5)
+    items = weigh(step, cfg)
+    shuffled = [items[i] for i in np.random.default_rng(0).permutation(len(items))]
 
     def in_parts():
         for part in (shuffled[:10], shuffled[10:11], shuffled[11:]):
-            backward(policy.model, part, len(step), 0, settings(micro_batch=5))
+            backward(policy.model, part, 0, cfg)
 
     assert_same(gradients(policy, in_parts), reference)
 
@@ -318,8 +321,7 @@ def test_gradient_has_the_same_bits_each_time_with_two_threads(policy, step):
 
 @pytest.mark.parametrize("pad_id, extra", [(0, 1), (3, 9)])
 def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, extra):
-    items = [Weighted(rollout, token_weights(rollout, len(step))) for rollout in step]
-    batch = collate(items, pad_id)
+    batch = collate(weigh(step, settings()), pad_id)
     left, right = (extra, 0), (0, extra)
     longer = replace(
         batch,
@@ -327,7 +329,7 @@ def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, ex
         contexts_mask=pad(batch.contexts_mask, left),
         tokens=pad(batch.tokens, right, value=pad_id),
         tokens_mask=pad(batch.tokens_mask, right),
-        weighted=pad(batch.weighted, right),
+        trained=pad(batch.trained, right),
     )
 
     def compute():
@@ -386,23 +388,24 @@ def test_shared_states_of_sliding_windows():
     items = []
     for i in range(4):
         rollout = rollout_of(i, (0, i // 2), prefix=[5, 6, 7] + [8] * (i // 2), tokens=[9, 10, i])
-        items.append(Weighted(rollout, [0.0] * rollout.prefix_len + [0.1 * (i + 1)] * 3))
+        prefix = rollout.prefix_len
+        weights = [0.0] * prefix + [0.1 * (i + 1)] * 3
+        items.append(Weighted(rollout, weights, [False] * prefix + [True] * 3))
     batch = collate(items, pad_id=0)
     assert len(batch.contexts) == 2
-    weighted = batch.weighted
-    shared = hidden_of_shared_contexts(model, batch)[weighted]
-    whole = hidden_of_rows(model, batch)[weighted]
+    shared = hidden_of_shared_contexts(model, batch)[batch.trained]
+    whole = hidden_of_rows(model, batch)[batch.trained]
     assert torch.allclose(shared, whole, atol=1e-5)
     direction = torch.randn_like(whole)
     g_shared = gradient(model, (shared * direction).sum())
     assert_close(g_shared, gradient(model, (whole * direction).sum()))
 
 
-def test_the_head_runs_only_where_there_is_weight(policy, step):
+def test_the_head_runs_only_on_trained_tokens(policy, step):
     """Never on prompts or masked prefixes, never on more than a chunk at once.
 
-    Rollouts without advantage are not run, and what a group has in common is run once (twice where
-    micro-batches part it).
+    Rollouts without weight are left out, as srpo.py does, and what a group has in common is run
+    once (twice where micro-batches part it).
     """
     rows, bodies = [], []
 
@@ -413,10 +416,12 @@ def test_the_head_runs_only_where_there_is_weight(policy, step):
         bodies.append(len(kwargs["input_ids"]))
 
     without, others = step[:20], step[20:]
-    flat = [replace(rollout, advantage=0.0) for rollout in without]
+    flat = [replace(r, advantages=[0.0] * len(r.thought_ends)) for r in without]
+    cfg = settings(micro_batch=16, chunk=32)
+    items = [item for item in weigh(flat + others, cfg) if any(item.weights)]
     head = policy.model.lm_head.register_forward_hook(note_head)
     body = policy.model.base_model.register_forward_hook(note_body, with_kwargs=True)
-    sums = whole_step(policy, flat + others, micro_batch=16, chunk=32)
+    sums = backward(policy.model, items, 0, cfg)
     head.remove()
     body.remove()
     weighted = sum(rollout.generated for rollout in others)
@@ -437,10 +442,11 @@ def test_clipped_surrogate():
         context_of=unused,
         tokens=unused,
         tokens_mask=unused,
-        weighted=unused,
+        trained=unused,
         weights=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]),
         old_logps=torch.full((5,), -1.0),
-        in_prefix=torch.zeros(5),
+        in_prefix=torch.zeros(5, dtype=torch.bool),
+        off_policy=torch.zeros(5, dtype=torch.bool),
     )
     # The ratios are 1, 1.65, 1.65, 0.61 and 0.61.
     logps = torch.tensor([-1.0, -0.5, -0.5, -1.5, -1.5], requires_grad=True)

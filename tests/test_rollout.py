@@ -340,7 +340,10 @@ def one_more_thought(task, n, prefix):
 
 def trainer_logps(model, rollouts, temperature=1.0):
     """(the trainer's log-probs, the sampler's) of all response tokens."""
-    items = [Weighted(rollout, [1.0] * len(rollout.token_ids)) for rollout in rollouts]
+    items = []
+    for rollout in rollouts:
+        n = len(rollout.token_ids)
+        items.append(Weighted(rollout, [1.0] * n, [True] * n))
     batch = collate(items, pad_id=0)
     with torch.no_grad():
         logps, _ = chosen_logps(model, batch, temperature)
