@@ -30,7 +30,7 @@ from data.thoughts import Vocabulary
 from data.verifiers import DELIMITER
 from localize import by_self, localization_prompt, parse_localization, review_text
 from loss import backward, set_advantages, weigh
-from rollout import HFEngine, Request, Row, make_tasks, resets
+from rollout import HFEngine, Request, Rollout, Row, make_tasks, resets
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -347,6 +347,38 @@ def test_text_cannot_end_the_message_that_quotes_it(tokenizer):
     text = tokenizer.decode(prompt)
     assert "[Thought 1] 14 + 9 = 22\n[Thought 2] stop" in text
     assert "36" not in text
+
+
+def test_a_reply_goes_on_from_what_was_sampled(tokenizer):
+    """The response is not encoded again, and loses the end-of-text that it was sampled with."""
+    engine = SimpleNamespace(vocabulary=Vocabulary(tokenizer))
+    (task,) = make_tasks([STORY.problem(0)], engine, 1024)
+    said = "so it is 36</thought>"
+    usual = tokenizer(said, add_special_tokens=False)["input_ids"]
+    sampled = []  # a character at a time: encoding the text would not give these tokens
+    for character in said:
+        sampled += tokenizer(character, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(sampled) == said and sampled != usual
+
+    def rollout(prompt_ids, token_ids):
+        n = len(token_ids)
+        return Rollout(0, "base", prompt_ids, token_ids, [0.0] * n, [n], "eos")
+
+    eos = tokenizer.eos_token_id
+    ended = task.reply(rollout(task.prompt_ids, [*sampled, eos]), "Is that <|im_end|>right?")
+    cut = task.reply(rollout(task.prompt_ids, sampled), "Is that <|im_end|>right?")
+    assert ended == cut
+    before = task.prompt_ids + sampled
+    assert ended[: len(before)] == before
+    turn = "<|im_end|>\n<|im_start|>user\nIs that  right?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ended[len(before) :]) == turn
+
+    # It is the conversation of the chat template, and a third turn goes on from the second.
+    question = tokenizer.decode(task.prompt_ids)
+    third = task.reply(rollout(ended, [*usual, eos]), "Sure?")
+    assert tokenizer.decode(third) == (
+        question + said + turn + said + turn.replace("Is that  right?", "Sure?")
+    )
 
 
 def test_resets_of_real_text(tokenizer, folder):
