@@ -101,7 +101,10 @@ class Rollout:
         return [tokenizer.decode(self.token_ids[a:b]) for a, b in zip(starts, self.thought_ends)]
 
     def to_json(self, step: int, task: "Task", line_of: dict[int, int]) -> dict:
-        """Its line in rollouts.jsonl. line_of: {id(rollout): its number in the step}."""
+        """Its line in rollouts.jsonl. line_of: {id(rollout): its number in the step}.
+
+        A seed that was not sampled in this step, such as a given solution, has no number.
+        """
         names = (
             "problem purpose group reward advantages finish thought_ends prefix_len trained_from "
             "reset localized"
@@ -117,8 +120,8 @@ class Rollout:
         record["off_policy"] = self.trained_prompt is not None
         record["thoughts"] = self.thoughts(tokenizer)
         record["first_wrong"] = task.first_wrong(self) if self.reward is not None else None
-        record["seed"] = line_of[id(self.seed)] if self.seed else None
-        record["localization"] = line_of[id(self.localization)] if self.localization else None
+        record["seed"] = line_of.get(id(self.seed))
+        record["localization"] = line_of.get(id(self.localization))
         return record
 
 

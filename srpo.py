@@ -539,7 +539,8 @@ def evaluate_log_and_save(run: Training, bar: tqdm, line: dict, last: bool) -> N
     if last or step % cfg.save_every == 0:
         runs.save_checkpoint(run.out_dir, run.progress, run.model, run.tokenizer, run.optimizer)
     rate = line["pass_suffix"] if line["pass_base"] is None else line["pass_base"]
-    bar.set_postfix_str(f"pass {rate:.2f}, {tokens}")
+    passed = "" if rate is None else f"pass {rate:.2f}, "
+    bar.set_postfix_str(passed + tokens)
 
 
 def say(bar: tqdm, text: str) -> None:

@@ -72,14 +72,14 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
         tokens[rollout.purpose] += rollout.generated
     response_tokens = [len(rollout.token_ids) for rollout in rollouts]
     return {
-        "pass_base": mean([rollout.reward for rollout in base]),
+        "pass_base": mean_reward([base]),
         "pass_suffix": mean_reward(suffix_groups),
         "zero_variance_base": share_of_flat(base_groups),
         "zero_variance_suffix": share_of_flat(suffix_groups),
         **reset_metrics(suffix_groups, tasks),
         "tokens": dict(tokens),
         "verifier_calls": sum(rollout.reward is not None for rollout in generated),
-        "masked_share": sum(r.prefix_len for r in rollouts) / sum(response_tokens),
+        "masked_share": sum(r.masked() for r in rollouts) / sum(response_tokens),
         "response_tokens": mean(response_tokens),
         "thoughts": mean([len(rollout.thought_ends) for rollout in rollouts]),
         "finish": dict(Counter(rollout.finish for rollout in rollouts)),
@@ -142,7 +142,8 @@ def mean(values: list) -> float | None:
 
 
 def mean_reward(groups: list[list[Rollout]]) -> float | None:
-    return mean([rollout.reward for rollout in chain(*groups)])
+    """Of the rollouts that were graded: a review that is trained has no reward."""
+    return mean([rollout.reward for rollout in chain(*groups) if rollout.reward is not None])
 
 
 def share_of_flat(groups: list[list[Rollout]]) -> float | None:

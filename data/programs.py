@@ -65,7 +65,8 @@ def trained_rollouts(method: str, sampled: Sampled) -> list[Rollout]:
     for returned in sampled.results:
         if not isinstance(returned, list) or not returned:
             raise UserError(
-                f"--method {method} returned {returned!r:.60}: return a list of at least one rollout"
+                f"--method {method} returned {returned!r:.60}: "
+                "return a list of at least one rollout"
             )
         for rollout in returned:
             complaint = complaint_about(rollout, known)

@@ -4,8 +4,8 @@ This file reads the runs and chooses what fits into the page; data/report.html d
 needs no network and is safe to open: what a model wrote is data in it, never markup, and its
 content policy lets nothing run but the template's own script.
 
-Left out: trees of oracle continuations (only their number is shown), and comparing the trees of
-two runs side by side.
+Left out: continuations that only measure a prefix, such as the oracle's (only their number is
+shown), and comparing the trees of two runs side by side.
 
 Try it alone:
     python srpo.py --steps 3 --rollouts_every 1 --out_dir runs/three
@@ -19,12 +19,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from data.curves import evaluations
 from data.faults import UserError
 from data.runs import Run, name_of, read_run
 from loss import token_weights
+from rollout import Rollout
 
 POINTS = 400  # step lines of a run that its charts show, at most
 PROBLEMS_KEPT = 8  # whole steps are dropped before a step shows fewer problems than this
@@ -117,6 +117,7 @@ def run_for_page(run: Run) -> dict:
         "folder": run.folder.resolve().name,
         "clip": config["clip"],
         "length": config.get("length", "trained"),
+        "shape": config.get("off_policy_shape", 0.0),
         "about": about(config),
         "evals": evals,
         "columns": columns_of(steps[::stride]),
@@ -126,13 +127,12 @@ def run_for_page(run: Run) -> dict:
 
 
 def about(config: dict) -> str:
-    """The run in one line: model, data, and the shape of a step."""
+    """The run in one line: method, model and data. The trees show the groups of the method."""
     model = config["model"].rstrip("/").split("/")[-1]
     data = config["train_data"].split("/")[-1]
     return (
-        f"{model} on {data}; {config['prompts_per_step']} prompts a step, "
-        f"{config['base']} base rollouts and {config['prefixes']} x {config['suffixes']} suffixes "
-        f"each; learning rate {config['lr']}"
+        f"{config['method']}: {model} on {data}; {config['prompts_per_step']} prompts a step; "
+        f"learning rate {config['lr']}"
     )
 
 
@@ -260,13 +260,15 @@ def step_places(path: Path) -> dict[int, Place]:
 
 
 def trees_of_step(path: Path, place: Place, config: dict) -> dict:
-    """One step for the page: {"step", "n": trained rollouts, "trees": one per slot, in order}."""
+    """One step for the page: {"step", "n": trained rollouts, "n_tokens": trained tokens, "trees":
+    one per slot, in order}."""
     with path.open("rb") as file:
         file.seek(place.start)
         lines = file.read(place.size).splitlines()
     records = [json.loads(line, parse_constant=lambda name: None) for line in lines]
-    n = sum(record["group"] is not None for record in records)
+    sums = step_sums(records, config)
     slots = slots_of(records)
+    named = {record["seed"] for record in records} | {record["localization"] for record in records}
     trees = {}
     for record in records:
         slot = slots[record["id"]]
@@ -276,23 +278,65 @@ def trees_of_step(path: Path, place: Place, config: dict) -> dict:
                 "problem": record["problem"],
                 "question": record["question"],
                 "answer": str(record["answer"]),
-                "oracle": 0,  # number of its oracle continuations, which are not shown
+                "unshown": {},  # by purpose: how many continuations only measure a prefix
                 "rollouts": [],
             }
-        if record["purpose"] == "oracle":
-            trees[slot]["oracle"] += 1
+        if is_probe(record, named):
+            unshown = trees[slot]["unshown"]
+            unshown[record["purpose"]] = unshown.get(record["purpose"], 0) + 1
         else:
-            trees[slot]["rollouts"].append(rollout_for_page(record, n, config))
+            trees[slot]["rollouts"].append(rollout_for_page(record, sums, config))
     in_order = [trees[slot] for slot in sorted(trees)]
-    return {"step": records[0]["step"], "n": n, "trees": in_order}
+    step = records[0]["step"]
+    return {"step": step, "n": sums.rollouts, "n_tokens": sums.tokens, "trees": in_order}
+
+
+@dataclass
+class StepSums:
+    """What token weights read of the whole step."""
+
+    rollouts: int  # trained ones, N
+    tokens: int  # trained ones
+
+
+def step_sums(records: list[dict], config: dict) -> StepSums:
+    trained = [record for record in records if is_trained(record)]
+    tokens = 0
+    for record in trained:
+        rollout = stand_in(record)
+        tokens += len(rollout.token_ids) - rollout.masked(config["mask_prefix"])
+    return StepSums(len(trained), tokens)
+
+
+def is_trained(record: dict) -> bool:
+    """Whether the program returned it. A group alone does not say so, but a group and advantages:
+    set_advantages sees only what was returned."""
+    return record["group"] is not None and advantages_of(record) is not None
+
+
+def is_probe(record: dict, named: set) -> bool:
+    """Whether it only measures a prefix: a continuation that is not trained, and no seed or review.
+
+    named: the ids that other records refer to."""
+    continues = record["seed"] is not None or record["purpose"] == "oracle"
+    return continues and not is_trained(record) and record["id"] not in named
+
+
+def advantages_of(record: dict) -> list[float] | None:
+    """The advantage of each thought. Older runs have one number for all thoughts."""
+    if "advantages" in record:
+        return record["advantages"]
+    if record["advantage"] is None:
+        return None
+    return [record["advantage"]] * len(record["thought_ends"])
 
 
 def slots_of(records: list[dict]) -> dict[int, int]:
     """The slot in the step of every record, by record id.
 
-    Trained rollouts know theirs. A seed belongs where its suffixes are, and a localization answer
-    where its seed is. Anything else goes to the first slot with its problem; a problem without
-    trained rollouts comes after all slots."""
+    Trained rollouts know theirs. A seed belongs where its suffixes are, other continuations and a
+    localization answer where their seed is. Anything else goes to the first slot with its problem;
+    a problem without trained rollouts comes after all slots."""
     slots, first_slot = {}, {}
     for record in records:
         if record["group"]:
@@ -302,6 +346,8 @@ def slots_of(records: list[dict]) -> dict[int, int]:
                 slots[record["seed"]] = slot
             first_slot.setdefault(record["problem"], slot)
     for record in records:
+        if record["seed"] in slots:  # a continuation that is not trained
+            slots.setdefault(record["id"], slots[record["seed"]])
         if record["localization"] is not None and record["id"] in slots:
             slots[record["localization"]] = slots[record["id"]]
     for record in records:
@@ -310,25 +356,25 @@ def slots_of(records: list[dict]) -> dict[int, int]:
     return slots
 
 
-def rollout_for_page(record: dict, n_rollouts: int, config: dict) -> dict:
+def rollout_for_page(record: dict, sums: StepSums, config: dict) -> dict:
     """A record of rollouts.jsonl for the page, with the weights that loss.py gives its tokens.
 
-    A suffix leaves out the texts of the shared prefix: its seed has them."""
+    A suffix leaves out the texts of the shared prefix: its seed has them. One that is trained from
+    its beginning has all of its texts."""
     ends = record["thought_ends"]
     spans = list(zip([0, *ends], ends))  # of each thought, in tokens
-    weights = weights_of(record, n_rollouts, config)
-    masked = 0  # thoughts of the prefix that are not trained on
-    if config["mask_prefix"]:
-        masked = sum(end <= record["prefix_len"] for end in ends)
-    first = 1  # the first thought that is shown
-    if record["seed"] is not None and record["reset"]:
-        first = record["reset"]
+    trained = is_trained(record)
+    weights = weights_of(record, sums, config) if trained else [0.0] * sum(ends[-1:])
+    masked = stand_in(record).masked(config["mask_prefix"])
+    shared = sum(end <= record["prefix_len"] for end in ends)  # thoughts that its seed has, too
+    reset = trained and record["seed"] is not None and record.get("trained_from") is None
+    first = shared + 1 if reset else 1  # the first thought that is shown
     return {
         "id": record["id"],
         "purpose": record["purpose"],
-        "k": record["group"][1] if record["group"] else None,
+        "k": record["group"][1] if trained else None,
         "reward": rounded(record["reward"]),
-        "advantage": rounded(record["advantage"]),
+        "advantages": [rounded(a) for a in advantages_of(record) or [0.0] * len(ends)],
         "finish": record["finish"],
         "seed": record["seed"],
         "reset": record["reset"],
@@ -336,23 +382,38 @@ def rollout_for_page(record: dict, n_rollouts: int, config: dict) -> dict:
         "localization": record["localization"],
         "first_wrong": record.get("first_wrong"),
         "from": first,
+        "is_reset": reset,
+        "shared": shared,
+        "off_policy": record.get("off_policy", False),
+        "prompt": record.get("prompt"),
         "thoughts": record["thoughts"][first - 1 :],
         "tokens": [end - start for start, end in spans],
-        "masked": masked,
+        "masked": sum(end <= masked for end in ends),
         "weights": [rounded(sum(weights[start:end])) for start, end in spans],
-        "token_weight": rounded(weights[-1] if weights else 0.0),
+        "token_weights": [rounded(weights[end - 1]) for end in ends],
     }
 
 
-def weights_of(record: dict, n_rollouts: int, config: dict) -> list[float]:
-    """Weight of each response token in the loss; zeros for a rollout that is not trained on."""
-    n_tokens = record["thought_ends"][-1] if record["thought_ends"] else 0
-    if not record["group"] or not record["advantage"]:
-        return [0.0] * n_tokens
-    rollout = SimpleNamespace(  # what token_weights reads of a Rollout
+def stand_in(record: dict) -> Rollout:
+    """A Rollout with what the loss reads of one: lengths, masks and advantages, no tokens."""
+    ends = record["thought_ends"]
+    n = ends[-1] if ends else 0
+    return Rollout(
+        problem=record["problem"],
+        purpose=record["purpose"],
+        prompt_ids=[],
+        token_ids=[0] * n,
+        logps=[0.0] * n,
+        thought_ends=ends,
+        finish=record["finish"],
         prefix_len=record["prefix_len"],
-        token_ids=range(n_tokens),
-        advantage=record["advantage"],
+        trained_from=record.get("trained_from"),
+        advantages=advantages_of(record),
     )
+
+
+def weights_of(record: dict, sums: StepSums, config: dict) -> list[float]:
+    """Weight of each response token in the loss."""
     length = config.get("length", "trained")
-    return token_weights(rollout, n_rollouts, config["mask_prefix"], length)
+    rollout = stand_in(record)
+    return token_weights(rollout, sums.rollouts, config["mask_prefix"], length, sums.tokens)

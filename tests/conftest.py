@@ -60,6 +60,7 @@ def settings(**changed):
         mask_prefix=True,
         length="trained",
         clip=0.0,
+        off_policy_shape=0.0,
         micro_batch=64,
         chunk=4096,
     )

@@ -38,7 +38,7 @@ from data.policies import load_policy  # noqa: E402
 from data.tasks import load_problems  # noqa: E402
 from data.verifiers import DELIMITER  # noqa: E402
 from localize import by_self  # noqa: E402
-from loss import backward, set_advantages  # noqa: E402
+from loss import backward, set_advantages, weigh  # noqa: E402
 from rollout import (  # noqa: E402
     HFEngine,
     Rollout,
@@ -200,13 +200,14 @@ def step_to_train(work: Workload) -> list[Rollout]:
 def gradient(work: Workload, rollouts: list[Rollout], share_states: bool) -> int:
     """Gradient of one step. Prompts and reset states run once for a group, or once for each row."""
     cfg = parse(["--micro_batch", "16"])
+    items = [item for item in weigh(rollouts, cfg) if any(item.weights)]
     work.model.zero_grad()
     sharing = nullcontext()
     if not share_states:  # loss.py runs whole rows where it cannot share contexts
         sharing = patch("loss.can_share", never)
     with sharing:
-        backward(work.model, rollouts, len(rollouts), work.tokenizer.pad_token_id, cfg)
-    return sum(rollout.generated for rollout in rollouts if rollout.advantage != 0)
+        backward(work.model, items, work.tokenizer.pad_token_id, cfg)
+    return sum(item.rollout.generated for item in items)
 
 
 def never(model) -> bool:

@@ -49,13 +49,14 @@ from data.curves import (
 )
 from data.driver import Sampled, run_programs
 from data.faults import UserError
+from data.metrics import is_flat
 from data.policies import encode_question, load_policy
 from data.problems import Problem
 from data.runs import Run, read_run
 from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER
 from localize import LOCALIZERS, check_localizer
-from loss import backward, set_advantages, token_weights
+from loss import backward, set_advantages, token_weights, weigh
 from rollout import PROGRAMS, HFEngine, Rollout, Task, grouped
 from srpo import Config, parse
 
@@ -805,7 +806,8 @@ def step_gradient(policy: Policy, sampled: Sampled, cfg: Config, normalize: bool
         rollouts += buffer
     set_advantages(rollouts, normalize)
     policy.model.zero_grad()
-    backward(policy.model, rollouts, len(rollouts), policy.tokenizer.pad_token_id, cfg)
+    items = [item for item in weigh(rollouts, cfg) if any(item.weights)]
+    backward(policy.model, items, policy.tokenizer.pad_token_id, cfg)
 
     base_variance = []
     suffix_variance = []
@@ -832,8 +834,8 @@ def is_suffix(rollout: Rollout) -> bool:
 
 
 def has_variance(rollouts: list[Rollout]) -> bool:
-    """Whether some rollout has an advantage, so that there is something to learn from."""
-    return any(rollout.advantage != 0 for rollout in rollouts)
+    """Whether some thought has an advantage, so that there is something to learn from."""
+    return not is_flat(rollouts)
 
 
 @cache
@@ -973,7 +975,7 @@ def thought_signals(rollout: Rollout, n_rollouts: int) -> list[float | None]:
     signals = []
     start = 0
     for end in rollout.thought_ends:
-        if end <= rollout.prefix_len:
+        if end <= rollout.masked():
             signals.append(None)
         else:
             signals.append(float(np.mean(pushes[start:end])))
@@ -1022,7 +1024,7 @@ def draw_buffer(axis, rows: list[Row], scale, width: int) -> None:
             y -= 0.6  # a gap between the groups
         for h in range(1, len(row.labels) + 1):
             draw_thought(axis, row, h, y, scale)
-        note = f"reward {row.rollout.reward:.0f}   A {row.rollout.advantage:+.2f}"
+        note = f"reward {row.rollout.reward:.0f}   A {advantage_range(row.rollout)}"
         if any(row.rollout is seed for seed in seeds):
             note += "   seed"
         axis.text(width + 0.1, y + 0.43, note, va="center", fontsize=8)
@@ -1033,6 +1035,16 @@ def draw_buffer(axis, rows: list[Row], scale, width: int) -> None:
     numbers = range(1, width + 1)
     axis.set_xticks([h - 0.53 for h in numbers], labels=numbers)
     axis.spines[:].set_visible(False)
+
+
+def advantage_range(rollout: Rollout) -> str:
+    """The advantage of its trained thoughts, or the smallest and the largest of them."""
+    trained = []
+    for advantage, end in zip(rollout.advantages, rollout.thought_ends):
+        if end > rollout.masked():
+            trained.append(advantage)
+    low, high = min(trained), max(trained)
+    return f"{low:+.2f}" if low == high else f"{low:+.2f} to {high:+.2f}"
 
 
 def draw_thought(axis, row: Row, h: int, y: float, scale) -> None:

@@ -29,8 +29,8 @@ from data.tasks import load_problems
 from data.thoughts import Vocabulary
 from data.verifiers import DELIMITER
 from localize import by_self, localization_prompt, parse_localization, review_text
-from loss import backward, set_advantages
-from rollout import HFEngine, Request, Row, make_tasks, resets
+from loss import backward, set_advantages, weigh
+from rollout import HFEngine, Request, Rollout, Row, make_tasks, resets
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -349,6 +349,38 @@ def test_text_cannot_end_the_message_that_quotes_it(tokenizer):
     assert "36" not in text
 
 
+def test_a_reply_goes_on_from_what_was_sampled(tokenizer):
+    """The response is not encoded again, and loses the end-of-text that it was sampled with."""
+    engine = SimpleNamespace(vocabulary=Vocabulary(tokenizer))
+    (task,) = make_tasks([STORY.problem(0)], engine, 1024)
+    said = "so it is 36</thought>"
+    usual = tokenizer(said, add_special_tokens=False)["input_ids"]
+    sampled = []  # a character at a time: encoding the text would not give these tokens
+    for character in said:
+        sampled += tokenizer(character, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(sampled) == said and sampled != usual
+
+    def rollout(prompt_ids, token_ids):
+        n = len(token_ids)
+        return Rollout(0, "base", prompt_ids, token_ids, [0.0] * n, [n], "eos")
+
+    eos = tokenizer.eos_token_id
+    ended = task.reply(rollout(task.prompt_ids, [*sampled, eos]), "Is that <|im_end|>right?")
+    cut = task.reply(rollout(task.prompt_ids, sampled), "Is that <|im_end|>right?")
+    assert ended == cut
+    before = task.prompt_ids + sampled
+    assert ended[: len(before)] == before
+    turn = "<|im_end|>\n<|im_start|>user\nIs that  right?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ended[len(before) :]) == turn
+
+    # It is the conversation of the chat template, and a third turn goes on from the second.
+    question = tokenizer.decode(task.prompt_ids)
+    third = task.reply(rollout(ended, [*usual, eos]), "Sure?")
+    assert tokenizer.decode(third) == (
+        question + said + turn + said + turn.replace("Is that  right?", "Sure?")
+    )
+
+
 def test_resets_of_real_text(tokenizer, folder):
     """Whatever a real model writes, the reset state is the seed's own tokens; groups stay pure."""
     model, _ = load_policy(folder)
@@ -465,7 +497,7 @@ def test_supervised_steps_learn(folder, tokenizer):
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        sums = backward(model, examples, 4, tokenizer.pad_token_id, cfg)
+        sums = backward(model, weigh(examples, cfg), tokenizer.pad_token_id, cfg)
         losses.append(sums.loss)
         optimizer.step()
 

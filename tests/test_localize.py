@@ -8,7 +8,14 @@ from data.driver import run_programs
 from data.faults import counters
 from data.problems import Problem
 from data.thoughts import Vocabulary
-from localize import by_oracle, by_random, by_self, localization_prompt, parse_localization
+from localize import (
+    by_oracle,
+    by_random,
+    by_self,
+    localization_prompt,
+    parse_localization,
+    prefix_values,
+)
 from rollout import Rollout, Task, grouped, resets
 
 # ------------------------------------------------------------------------------------------ parsing
@@ -200,6 +207,27 @@ def test_self_localization_beats_chance_without_the_truth(policy):
                 exact[id(rollout.seed)] = truth(thoughts) == rollout.reset
     assert len(exact) > 60
     assert np.mean(list(exact.values())) > 0.8  # chance is 1/13
+
+
+def test_prefix_values_equal_enumeration():
+    """A state that responses share is sampled once; a whole response is worth its own reward."""
+    correct = {(0, 0, 0), (0, 1, 2), (1, 1, 1), (2, 0, 1), (0, 2, 2)}
+    toy = Enumerable(V=3, H=3, correct=correct, rng_key=4)
+    samples = 1500
+    task = toy.task(oracle_samples=samples)
+    responses = [(0, 1, 2), (0, 1, 0), (0, 2, 1)]
+    rollouts = [rollout_of(response, reward=response in correct) for response in responses]
+    sampled = run_programs([prefix_values(task, rollouts, "value")], toy.engine)
+    (values,) = sampled.results
+    for response, estimates in zip(responses, values, strict=True):
+        exact = [toy.value(response[:h]).item() for h in range(4)]
+        assert estimates == pytest.approx(exact, abs=5 * 0.5 / np.sqrt(samples))
+        assert estimates[3] == float(response in correct)
+    assert values[0][:3] == values[1][:3]
+    assert values[0][:2] == values[2][:2]
+    states = {(), (0,), (0, 1), (0, 2)}
+    assert len(sampled.generated) == len(states) * samples
+    assert {rollout.purpose for rollout in sampled.generated} == {"value"}
 
 
 def test_oracle_equals_enumeration():

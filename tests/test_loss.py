@@ -7,6 +7,7 @@ computed in many ways (micro-batches, order, padding, processes): it must stay t
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ import loss
 from conftest import Enumerable, settings
 from data.contexts import can_share, hidden_of_shared_contexts
 from data.driver import run_programs
+from data.metrics import Update, step_metrics, update_metrics
 from loss import (
     Batch,
     Weighted,
@@ -30,6 +32,7 @@ from loss import (
     set_advantages,
     surrogate,
     token_weights,
+    weigh,
 )
 from rollout import Rollout, grouped, grpo, resets
 
@@ -57,24 +60,267 @@ def test_advantages_stay_inside_their_group():
     suffix = [rollout_of(reward, (0, 1), prefix=[5]) for reward in (1, 1, 0, 0)]
     flat = [rollout_of(1, (1, 0)) for _ in range(4)]
     set_advantages(base + suffix + flat)
-    assert [round(r.advantage, 4) for r in base] == [1.7321, -0.5774, -0.5774, -0.5774]
-    assert [r.advantage for r in suffix] == [1, 1, -1, -1]
-    assert [r.advantage for r in flat] == [0, 0, 0, 0]
+    assert [round(r.advantages[0], 4) for r in base] == [1.7321, -0.5774, -0.5774, -0.5774]
+    assert [r.advantages for r in suffix] == [[1], [1], [-1], [-1]]
+    assert [r.advantages for r in flat] == [[0]] * 4
 
 
 def test_a_group_of_two_states_is_refused():
     with pytest.raises(ValueError, match="mixes two states"):
-        grouped([rollout_of(1, (0, 1), prefix=[5]), rollout_of(0, (0, 1))])
+        set_advantages([rollout_of(1, (0, 1), prefix=[5]), rollout_of(0, (0, 1))])
+
+
+def test_a_group_with_some_advantages_is_refused():
+    group = [rollout_of(reward, (0, 0)) for reward in (1, 0, 0)]
+    group[1].advantages = [0.5]
+    with pytest.raises(ValueError, match="sets the advantages of some, but not of all"):
+        set_advantages(group)
+
+
+def test_advantages_that_a_program_sets_are_kept():
+    """They need no common state, and other groups get the default."""
+    first, second = rollout_of(1, (0, 0), prefix=[5]), rollout_of(0, (0, 0))
+    first.advantages, second.advantages = [0.25], [-3.0]
+    default = [rollout_of(reward, (0, 1)) for reward in (1, 0)]
+    set_advantages([first, second, *default])
+    advantages = [r.advantages for r in (first, second, *default)]
+    assert advantages == [[0.25], [-3.0], [1.0], [-1.0]]
 
 
 def test_token_weights():
     rollout = rollout_of(1, (0, 1), prefix=[5, 6], tokens=[7, 8, 9])
-    rollout.advantage = 1.5
+    rollout.advantages = [1.5]
     assert token_weights(rollout, 8) == [0, 0, 0.0625, 0.0625, 0.0625]
     by_response = token_weights(rollout, 8, length="response")
     assert by_response == [0, 0, 1.5 / 40, 1.5 / 40, 1.5 / 40]
     assert token_weights(rollout, 8, mask_prefix=False) == [1.5 / 40] * 5
     assert token_weights(rollout, 8, mask_prefix=False, length="response") == [1.5 / 40] * 5
+
+
+def three_thoughts(**changed):
+    """5 tokens in thoughts of 2, 1 and 2 tokens, with advantages 1, -2 and 0.5."""
+    rollout = rollout_of(1, (0, 0), tokens=[5, 6, 7, 8, 9])
+    return replace(rollout, thought_ends=[2, 3, 5], advantages=[1.0, -2.0, 0.5], **changed)
+
+
+A = np.array([1, 1, -2, 0.5, 0.5])  # of its tokens
+WHOLE, SUFFIX, LAST = np.ones(5), np.array([0, 0, 1, 1, 1]), np.array([0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "changed, settings, expected",
+    [
+        (dict(), dict(), A / (4 * 5)),
+        (dict(), dict(length="response"), A / (4 * 5)),
+        (dict(), dict(length="step", n_tokens=9), A / 9),
+        # The thoughts of a masked prefix are ignored.
+        (dict(prefix_len=2), dict(), SUFFIX * A / (4 * 3)),
+        (dict(prefix_len=2), dict(length="response"), SUFFIX * A / (4 * 5)),
+        (dict(prefix_len=2), dict(length="step", n_tokens=9), SUFFIX * A / 9),
+        (dict(prefix_len=2), dict(mask_prefix=False), A / (4 * 5)),
+        # What was sampled (cost) and what is trained (credit) are two things.
+        (dict(prefix_len=2, trained_from=0), dict(), A / (4 * 5)),
+        (dict(prefix_len=2, trained_from=0), dict(length="step", n_tokens=9), A / 9),
+        (dict(trained_from=3), dict(), LAST * A / (4 * 2)),
+        (dict(trained_from=3), dict(mask_prefix=False), A / (4 * 5)),
+        (dict(trained_from=5), dict(), 0 * WHOLE),
+        (dict(trained_from=5), dict(length="step"), 0 * WHOLE),
+    ],
+)
+def test_advantages_are_spread_over_the_tokens_of_their_thoughts(changed, settings, expected):
+    assert token_weights(three_thoughts(**changed), 4, **settings) == pytest.approx(expected)
+
+
+def test_clipping_follows_the_advantage_of_each_thought():
+    batch = collate([Weighted(three_thoughts(), list(A), [True] * 5)], pad_id=0)
+    assert batch.weights.tolist() == A.tolist()
+    logps = batch.old_logps.clone().requires_grad_()
+    surrogate(logps, batch, clip=0.2).backward()
+    assert torch.allclose(logps.grad, -batch.weights)
+    # Every token has become more likely: only where that is wrong is there still a gradient.
+    moved = (batch.old_logps + 0.5).requires_grad_()
+    surrogate(moved, batch, clip=0.2).backward()
+    assert torch.allclose(moved.grad, torch.tensor([0, 0, 2 * np.exp(0.5), 0, 0]).float())
+
+
+def test_every_rollout_has_the_same_say_whatever_its_group():
+    """Prompts with groups of 4, 5 and 8, and a flat one of 4, which counts in N."""
+    step = []
+    for slot, size in enumerate((4, 5, 8, 4)):
+        for i in range(size):
+            rollout = rollout_of(0, (slot, 0), tokens=[1] * (i + 1))
+            rollout.advantages = [0.0 if slot == 3 else (-1.0) ** i]
+            step.append(rollout)
+    say = [0.0] * 4
+    for item in weigh(step, settings()):
+        say[item.rollout.group[0]] += np.abs(item.weights).sum()
+    assert say == pytest.approx([4 / 21, 5 / 21, 8 / 21, 0])
+    # By tokens: 10, 15, 36 and 10 of them are trained.
+    say = [0.0] * 4
+    for item in weigh(step, settings(length="step")):
+        say[item.rollout.group[0]] += np.abs(item.weights).sum()
+    assert say == pytest.approx([10 / 71, 15 / 71, 36 / 71, 0])
+
+
+# ---------------------------------------------------------------- what was sampled, what is trained
+
+
+@pytest.fixture(scope="module")
+def letters():
+    return Enumerable(V=3, H=3, correct={(0, 1, 2)}, rng_key=3)
+
+
+def letters_rollout(letters, response, advantages, **changed):
+    """A rollout of the enumerable policy: its log-probs are the trainer's."""
+    request = letters.task().request("base", 1)
+    rollout = replace(letters.rollout(request, response), group=(0, 0), **changed)
+    rollout.advantages = advantages
+    return rollout
+
+
+def test_a_trained_token_without_advantage_is_in_the_batch(letters):
+    """An entropy bonus or a KL term of a fork must reach it."""
+    rollouts = [
+        letters_rollout(letters, (0, 1, 2), [0.0, 1.0, 0.0]),
+        letters_rollout(letters, (2, 1, 0), [0.0, 0.0, 0.0], prefix_len=1),
+    ]
+    batch = collate(weigh(rollouts, settings()), pad_id=0)
+    assert batch.trained.tolist() == [[True] * 3, [True, True, False]]
+    assert batch.weights.tolist() == pytest.approx([0, 1 / 6, 0, 0, 0])
+    logps, _ = chosen_logps(letters.model, batch, 1.0)
+    exact = torch.cat([letters.logps((0, 1, 2)), letters.logps((2, 1, 0))[1:]])
+    assert torch.allclose(logps, exact, atol=1e-5)
+    g = gradient(letters.model, logps[[0, 2, 3, 4]].sum())
+    assert_close(g, gradient(letters.model, exact[[0, 2, 3, 4]].sum()))
+
+
+@pytest.mark.parametrize("length", ["trained", "response", "step"])
+@pytest.mark.parametrize("clip", [0.0, 0.2])
+def test_a_step_that_trains_nothing_has_no_gradient(letters, length, clip):
+    cfg = settings(length=length, clip=clip, off_policy_shape=0.1)
+    masked = [letters_rollout(letters, (0, 1, 2), [1.0] * 3, trained_from=3) for _ in range(2)]
+    flat = [letters_rollout(letters, (0, 1, 2), [0.0] * 3) for _ in range(2)]
+    for rollouts, tokens in ((masked, 0), (flat, 6)):
+        letters.model.zero_grad()
+        sums = backward(letters.model, weigh(rollouts, cfg), 0, cfg)
+        assert sums.tokens == tokens
+        assert sums.loss == sums.gap_prefix == 0
+        assert sums.gap_max < 1e-5
+        for p in letters.model.parameters():
+            assert p.grad is None or not p.grad.any()
+
+
+def base_and_whole(task):
+    """A program: the continuation of a base rollout joins the base group as a whole response."""
+    (base,) = yield [task.request("base", 3)]
+    (again,) = yield [task.request("again", 1, base[0], 3)]
+    again[0].trained_from = 0
+    return task.in_group(0, base + again)
+
+
+def test_a_response_sampled_after_a_prefix_joins_the_base_group(policy):
+    """It costs what was sampled of it, once, and is trained from its first token on."""
+    tasks = policy.tasks(4, 3)
+    sampled = run_programs([base_and_whole(task) for task in tasks], policy.engine)
+    rollouts = []
+    for buffer in sampled.results:
+        rollouts += buffer
+    joined = [rollout for rollout in rollouts if rollout.purpose == "again"]
+    assert len(sampled.generated) == len(rollouts) == 12
+    for i, rollout in enumerate(rollouts):
+        rollout.reward = float(i % 4 == 3)
+    set_advantages(rollouts)  # one state: the prompt
+    assert len(grouped(rollouts)) == 3
+    for rollout in joined:
+        assert rollout.prefix_len > 0
+        assert rollout.advantages[0] == rollout.advantages[-1] == pytest.approx(3**0.5)
+
+    line = step_metrics(rollouts, sampled.generated, tasks)
+    assert line["tokens"]["again"] == sum(len(r.token_ids) - r.prefix_len for r in joined)
+    assert line["masked_share"] == 0
+    assert line["pass_base"] == 0  # i.i.d. rollouts only: the joined ones were searched for
+    assert line["pass_suffix"] is None
+
+    items = weigh(rollouts, settings())
+    batch = collate(items, 0)
+    assert len(batch.contexts) == 3
+    assert all(all(item.trained) and item.start == 0 for item in items)
+    sums = backward(policy.model, items, 0, settings())
+    assert sums.tokens == sum(len(rollout.token_ids) for rollout in rollouts)
+    assert sums.prefix_tokens == sum(rollout.prefix_len for rollout in joined)
+    assert sums.gap_max < 1e-4
+
+
+# ------------------------------------------------------------------------------------- off-policy
+
+
+def off_policy_pair(letters):
+    """One rollout on policy, and one that was sampled from the prompt [0, 1], for another one."""
+    on_policy = letters_rollout(letters, (0, 1, 2), [1.0] * 3)
+    off = letters_rollout(letters, (2, 1, 0), [0.5, 0.5, -1.0], prompt_ids=[0, 1])
+    off.logps, off.trained_prompt = [-5.0] * 3, letters.prompt
+    return [on_policy, off]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.2])
+def test_off_policy_tokens_stay_out_of_the_gap(letters, clip):
+    cfg = settings(clip=clip)
+    rollouts = off_policy_pair(letters)
+    items = weigh(rollouts, cfg)
+    assert [item.context for item in items] == [(0,), (0,)]
+    batch = collate(items, pad_id=0)
+    assert batch.contexts.tolist() == [[0]]
+    assert batch.off_policy.tolist() == [False] * 3 + [True] * 3
+    sums = backward(letters.model, items, 0, cfg)
+    assert (sums.tokens, sums.off_policy_tokens, sums.prefix_tokens) == (6, 3, 0)
+    assert sums.gap < 1e-5 and sums.gap_max < 1e-5 and sums.gap_prefix == 0
+    numbers = update_metrics(Update(sums, grad_norm=1.0))
+    assert numbers["off_policy_tokens"] == 3
+    assert numbers["gap"] == pytest.approx(sums.gap / 3)
+
+
+def test_only_off_policy_tokens(letters):
+    """A step without one on-policy token has no gap, and nothing divides by zero."""
+    _, off = off_policy_pair(letters)
+    sums = backward(letters.model, weigh([off], settings()), 0, settings())
+    numbers = update_metrics(Update(sums, grad_norm=1.0))
+    assert numbers["gap"] == numbers["gap_max"] == 0 and numbers["gap_prefix"] is None
+
+
+@pytest.mark.parametrize("shape", [0.0, 0.1])
+def test_off_policy_tokens_are_trained_under_the_other_prompt(letters, shape):
+    """The gradient is that of w log pi, or of w p / (p + s), with p under the trained prompt."""
+    w = torch.tensor([0.5, 0.5, -1.0]) / 6
+    off = letters.logps((2, 1, 0))
+    p = off.exp()
+    terms = w * p / (p + shape) if shape else w * off
+    ascended = (letters.logps((0, 1, 2)) / 6).sum() + terms.sum()
+    expected = -gradient(letters.model, ascended)
+    cfg = settings(off_policy_shape=shape)
+    letters.model.zero_grad()
+    sums = backward(letters.model, weigh(off_policy_pair(letters), cfg), 0, cfg)
+    found = torch.cat([p.grad.flatten() for p in letters.model.parameters()])
+    assert_close(found, expected)
+    assert sums.loss == pytest.approx(-ascended.item(), abs=1e-5)
+
+
+def test_off_policy_terms_by_hand():
+    """w = 1: the derivative by log p is w, or w p s / (p + s)^2. The sampler's log-probs do not
+    count."""
+    rollout = replace(three_thoughts(), trained_prompt=[3], logps=[-9.0] * 5)
+    item = Weighted(rollout, [1.0] * 5, [True, True, False, False, False])
+    batch = collate([item], pad_id=0)
+    assert batch.contexts.tolist() == [[3]]
+    p = torch.tensor([0.5, 0.9])
+    for clip in (0.0, 0.2):
+        logps = p.log().requires_grad_()
+        surrogate(logps, batch, clip).backward()
+        assert torch.allclose(logps.grad, torch.tensor([-1.0, -1.0]))
+        logps = p.log().requires_grad_()
+        loss_of_shaped = surrogate(logps, batch, clip, shape=0.1)
+        assert loss_of_shaped.item() == pytest.approx(-(0.5 / 0.6 + 0.9 / 1.0))
+        loss_of_shaped.backward()
+        assert torch.allclose(logps.grad, torch.tensor([-0.05 / 0.36, -0.09]))
 
 
 # ------------------------------------------------------------------- expected gradients, enumerated
@@ -217,6 +463,39 @@ def test_without_the_prefix_mask_the_prefix_is_trained():
     assert expected.prefix_weight > 0.01
 
 
+def exact_advantages(toy, task):
+    """A program: VinePPO with exact values. A(s, a) = V(s a) - V(s) for every thought."""
+    (base,) = yield [task.request("base", 2)]
+    for rollout in base:
+        response = tuple(rollout.token_ids)
+        values = [toy.value(response[:h]).item() for h in range(toy.H + 1)]
+        rollout.advantages = [after - before for before, after in zip(values, values[1:])]
+    return task.in_group(0, base)
+
+
+def sum_over_states(toy):
+    """sum_s d(s) sum_a pi(a|s) A(s, a) log pi(a|s) / H, with d, pi and A held fixed."""
+    total = 0.0
+    for h in range(toy.H):
+        for state in product(range(toy.V), repeat=h):
+            value = toy.value(state).item()
+            for a in range(toy.V):
+                logps = toy.logps((*state, a))
+                reached = logps.sum().exp().item()  # d(s) pi(a|s)
+                advantage = toy.value((*state, a)).item() - value
+                total = total + reached * advantage * logps[-1] / toy.H
+    return total
+
+
+def test_advantages_of_thoughts_ascend_the_pass_rate():
+    """With exact values the expected gradient is the policy gradient, state by state."""
+    toy = Enumerable(V=3, H=2, correct={(0, 1), (1, 2), (2, 2)}, rng_key=3)
+    expected = expectation(toy, lambda: exact_advantages(toy, toy.task()))
+    found = gradient(toy.model, expected.scalar)
+    assert_close(found, gradient(toy.model, sum_over_states(toy)))
+    assert_close(found, gradient(toy.model, toy.value() / toy.H))
+
+
 # ----------------------------------------------------------------------- invariance of the gradient
 
 
@@ -240,7 +519,7 @@ def step(policy):
 def whole_step(policy, step, rank=0, ranks=1, **changed):
     """`backward` over all rollouts of the step, or over one process's part of them."""
     cfg = settings(**changed)
-    return backward(policy.model, step, len(step), 0, cfg, rank=rank, ranks=ranks)
+    return backward(policy.model, weigh(step, cfg), 0, cfg, rank=rank, ranks=ranks)
 
 
 def gradients(policy, compute, *args, **kwargs):
@@ -270,11 +549,13 @@ def test_gradient_does_not_depend_on_micro_batch_or_chunk(
 
 
 def test_gradient_does_not_depend_on_row_order_or_parts(policy, step, reference):
-    shuffled = [step[i] for i in np.random.default_rng(0).permutation(len(step))]
+    cfg = settings(micro_batch=5)
+    items = weigh(step, cfg)
+    shuffled = [items[i] for i in np.random.default_rng(0).permutation(len(items))]
 
     def in_parts():
         for part in (shuffled[:10], shuffled[10:11], shuffled[11:]):
-            backward(policy.model, part, len(step), 0, settings(micro_batch=5))
+            backward(policy.model, part, 0, cfg)
 
     assert_same(gradients(policy, in_parts), reference)
 
@@ -318,8 +599,7 @@ def test_gradient_has_the_same_bits_each_time_with_two_threads(policy, step):
 
 @pytest.mark.parametrize("pad_id, extra", [(0, 1), (3, 9)])
 def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, extra):
-    items = [Weighted(rollout, token_weights(rollout, len(step))) for rollout in step]
-    batch = collate(items, pad_id)
+    batch = collate(weigh(step, settings()), pad_id)
     left, right = (extra, 0), (0, extra)
     longer = replace(
         batch,
@@ -327,7 +607,7 @@ def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, ex
         contexts_mask=pad(batch.contexts_mask, left),
         tokens=pad(batch.tokens, right, value=pad_id),
         tokens_mask=pad(batch.tokens_mask, right),
-        weighted=pad(batch.weighted, right),
+        trained=pad(batch.trained, right),
     )
 
     def compute():
@@ -386,23 +666,24 @@ def test_shared_states_of_sliding_windows():
     items = []
     for i in range(4):
         rollout = rollout_of(i, (0, i // 2), prefix=[5, 6, 7] + [8] * (i // 2), tokens=[9, 10, i])
-        items.append(Weighted(rollout, [0.0] * rollout.prefix_len + [0.1 * (i + 1)] * 3))
+        prefix = rollout.prefix_len
+        weights = [0.0] * prefix + [0.1 * (i + 1)] * 3
+        items.append(Weighted(rollout, weights, [False] * prefix + [True] * 3))
     batch = collate(items, pad_id=0)
     assert len(batch.contexts) == 2
-    weighted = batch.weighted
-    shared = hidden_of_shared_contexts(model, batch)[weighted]
-    whole = hidden_of_rows(model, batch)[weighted]
+    shared = hidden_of_shared_contexts(model, batch)[batch.trained]
+    whole = hidden_of_rows(model, batch)[batch.trained]
     assert torch.allclose(shared, whole, atol=1e-5)
     direction = torch.randn_like(whole)
     g_shared = gradient(model, (shared * direction).sum())
     assert_close(g_shared, gradient(model, (whole * direction).sum()))
 
 
-def test_the_head_runs_only_where_there_is_weight(policy, step):
+def test_the_head_runs_only_on_trained_tokens(policy, step):
     """Never on prompts or masked prefixes, never on more than a chunk at once.
 
-    Rollouts without advantage are not run, and what a group has in common is run once (twice where
-    micro-batches part it).
+    Rollouts without weight are left out, as srpo.py does, and what a group has in common is run
+    once (twice where micro-batches part it).
     """
     rows, bodies = [], []
 
@@ -413,10 +694,12 @@ def test_the_head_runs_only_where_there_is_weight(policy, step):
         bodies.append(len(kwargs["input_ids"]))
 
     without, others = step[:20], step[20:]
-    flat = [replace(rollout, advantage=0.0) for rollout in without]
+    flat = [replace(r, advantages=[0.0] * len(r.thought_ends)) for r in without]
+    cfg = settings(micro_batch=16, chunk=32)
+    items = [item for item in weigh(flat + others, cfg) if any(item.weights)]
     head = policy.model.lm_head.register_forward_hook(note_head)
     body = policy.model.base_model.register_forward_hook(note_body, with_kwargs=True)
-    sums = whole_step(policy, flat + others, micro_batch=16, chunk=32)
+    sums = backward(policy.model, items, 0, cfg)
     head.remove()
     body.remove()
     weighted = sum(rollout.generated for rollout in others)
@@ -437,10 +720,11 @@ def test_clipped_surrogate():
         context_of=unused,
         tokens=unused,
         tokens_mask=unused,
-        weighted=unused,
+        trained=unused,
         weights=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]),
         old_logps=torch.full((5,), -1.0),
-        in_prefix=torch.zeros(5),
+        in_prefix=torch.zeros(5, dtype=torch.bool),
+        off_policy=torch.zeros(5, dtype=torch.bool),
     )
     # The ratios are 1, 1.65, 1.65, 0.61 and 0.61.
     logps = torch.tensor([-1.0, -0.5, -0.5, -1.5, -1.5], requires_grad=True)

@@ -23,7 +23,7 @@ from conftest import POLICY, ROOT, settings
 from data.driver import run_programs
 from data.parallel import whole, whole_weights
 from data.policies import load_policy
-from loss import backward, set_advantages
+from loss import backward, set_advantages, weigh
 from rollout import grpo
 
 TORCHRUN = [
@@ -245,7 +245,8 @@ def backward_as_on_a_gpu(monkeypatch, rollouts, lora_rank):
     model, _ = load_policy(POLICY, torch.bfloat16 if lora_rank else torch.float32)
     cfg = srpo.Config(lora_rank=lora_rank, grad_checkpointing=True).resolve()
     srpo.prepare(model, cfg, torch.device("cpu"), sharded=True)
-    backward(model, rollouts, len(rollouts), 0, settings(micro_batch=5))
+    cfg = settings(micro_batch=5)
+    backward(model, weigh(rollouts, cfg), 0, cfg)
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert p.dtype == p.grad.dtype == torch.float32, name
@@ -257,7 +258,8 @@ def test_bf16_shards_on_float32_masters(policy, monkeypatch):
     adapters: see test_lora.py."""
     rollouts = rewarded_rollouts(policy)
     policy.model.zero_grad()
-    backward(policy.model, rollouts, len(rollouts), 0, settings())
+    cfg = settings()
+    backward(policy.model, weigh(rollouts, cfg), 0, cfg)
     exact = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     with process_group():
         model = backward_as_on_a_gpu(monkeypatch, rollouts, lora_rank=0)

@@ -250,9 +250,10 @@ def check_weights(shown, rollout, n_rollouts, mask_prefix):
     assert shown["tokens"] == [end - start for start, end in spans]
     sums = [sum(weights[start:end]) for start, end in spans]
     assert shown["weights"] == pytest.approx(sums, rel=1e-5)
-    assert shown["token_weight"] == pytest.approx(weights[-1], rel=1e-5)
-    in_prefix = sum(end <= rollout.prefix_len for end in rollout.thought_ends)
-    assert shown["masked"] == (in_prefix if mask_prefix else 0)
+    last_tokens = [weights[end - 1] for end in rollout.thought_ends]
+    assert shown["token_weights"] == pytest.approx(last_tokens, rel=1e-5)
+    masked = rollout.masked(mask_prefix)
+    assert shown["masked"] == sum(end <= masked for end in rollout.thought_ends)
     return weights
 
 
@@ -396,8 +397,8 @@ def check_groups(rows, text):
     groups = {}
     for r in rows:
         if r["k"] is not None:
-            groups.setdefault(r["k"], []).append(r["advantage"])
-    flat = [k for k, advantages in groups.items() if not any(advantages)]
+            groups.setdefault(r["k"], []).append(any(r["token_weights"]))
+    flat = [k for k, weighted in groups.items() if not any(weighted)]
     assert text.count("no variance") == len(flat)
     for k in (1, 2):
         assert (f"Reset {k}" in text) == (k in groups)
@@ -408,10 +409,11 @@ def check_colours(rows, page):
     by_id = {r["id"]: r for r in rows}
     seeds = {r["seed"] for r in rows} - {None}
     drawn = rows + [by_id[seed] for seed in seeds]  # a seed is drawn above its fork, too
-    in_scale = 2 if any(r["advantage"] for r in rows) else 0
+    in_scale = 2 if any(any(r["token_weights"]) for r in rows) else 0
     for sign, kind in ((1, "pos"), (-1, "neg")):
-        coloured = [r for r in drawn if sign * r["token_weight"] > 0]
-        cells = sum(len(r["thoughts"]) for r in coloured)
+        cells = 0
+        for r in drawn:
+            cells += sum(sign * weight > 0 for weight in r["token_weights"][r["from"] - 1 :])
         assert page.count("cell", kind) == in_scale + cells
 
 

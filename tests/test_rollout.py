@@ -6,6 +6,7 @@ plain forwards of the same model.
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +16,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import Enumerable, Letters
 from data.driver import run_programs
-from data.faults import counters
+from data.faults import UserError, counters
+from data.programs import trained_rollouts
 from data.thoughts import ThoughtTracker, Vocabulary
 from data.verifiers import DELIMITER
 from localize import by_random, by_verifier
 from loss import Weighted, chosen_logps, collate
-from rollout import Engine, HFEngine, Request, Rollout, draw, grouped, grpo, resets
+from rollout import (
+    Engine,
+    HFEngine,
+    Request,
+    Rollout,
+    draw,
+    grouped,
+    grpo,
+    records_of,
+    resets,
+)
 
 # --------------------------------------------------------------------------------------- boundaries
 
@@ -340,7 +352,10 @@ def one_more_thought(task, n, prefix):
 
 def trainer_logps(model, rollouts, temperature=1.0):
     """(the trainer's log-probs, the sampler's) of all response tokens."""
-    items = [Weighted(rollout, [1.0] * len(rollout.token_ids)) for rollout in rollouts]
+    items = []
+    for rollout in rollouts:
+        n = len(rollout.token_ids)
+        items.append(Weighted(rollout, [1.0] * n, [True] * n))
     batch = collate(items, pad_id=0)
     with torch.no_grad():
         logps, _ = chosen_logps(model, batch, temperature)
@@ -443,6 +458,74 @@ def test_responses_fit_into_the_context(policy):
     assert rollout.thought_ends[-1] == 5
 
 
+def test_a_request_says_where_its_rollouts_come_from(policy):
+    (task,) = policy.tasks(5, 1)
+    ((seed,),) = policy.engine.sample([task.request("base", 1)])
+    H = len(seed.thought_ends)
+    assert H > 2
+    for h in (1, 2, H, H + 1):
+        (rollouts,) = policy.engine.sample([task.request("again", 2, seed, h, "by hand")])
+        shared = [0, *seed.thought_ends][h - 1]
+        for rollout in rollouts:
+            assert (rollout.seed, rollout.reset, rollout.localized) == (seed, h, "by hand")
+            assert rollout.token_ids[:shared] == seed.token_ids[:shared]
+            assert rollout.thought_ends[: h - 1] == seed.thought_ends[: h - 1]
+            assert rollout.prefix_len == shared and rollout.generated > 0
+    assert shared == len(seed.token_ids)  # h = H + 1: all of it
+
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_thought_that_is_not_there_is_an_error(policy, beyond):
+    (task,) = policy.tasks(5, 1)
+    ((seed,),) = policy.engine.sample([task.request("base", 1)])
+    H = len(seed.thought_ends)
+    h = H + 2 if beyond else 0
+    with pytest.raises(ValueError, match=f"h = {h}: a response of {H} thoughts"):
+        task.request("again", 1, seed, h)
+    with pytest.raises(ValueError, match=f"has reset states 1 to {H + 1}"):
+        seed.prefix(h)
+
+
+def test_a_request_without_room_is_answered_by_nothing(policy):
+    """Alone or beside others, whose answers stay in their places; each is counted."""
+
+    def program(task):
+        (base,) = yield [task.request("base", 2)]
+        full = base[0].prompt_ids + base[0].token_ids
+        task.context = len(full)
+        (nothing,) = yield [task.request("more", 2, base[0], len(base[0].thought_ends) + 1)]
+        before, some, after = yield [
+            task.request("more", 2, prompt_ids=full),
+            task.request("more", 3),
+            task.request("more", 2, prompt_ids=[*full, 1]),
+        ]
+        review, none_at_all = yield [task.ask("review", full), task.ask("review", [*full, 1])]
+        return [nothing, before, after, review, none_at_all], base + some
+
+    (task,) = policy.tasks(3, 1)
+    sampled = run_programs([program(task)], policy.engine)
+    ((empty, rollouts),) = sampled.results
+    assert empty == [[]] * 5
+    assert len(rollouts) == 5 and sampled.generated == rollouts
+    assert counters == {"no_room": 5}
+
+
+def test_a_given_response_can_be_a_seed(policy):
+    """Such as a reference solution: its continuations are written without the number of a line."""
+
+    def program(task):
+        given = response_of(task.request("given", 1))
+        given.prompt_ids = task.prompt_ids
+        (base,) = yield [task.request("base", 2, given, 2)]
+        return task.in_group(0, base)
+
+    (task,) = policy.tasks(3, 1)
+    sampled = run_programs([program(task)], policy.engine)
+    for record in records_of(1, sampled.generated, [task]):
+        assert record["seed"] is None and record["reset"] == 2
+    assert [r.prefix_len for r in sampled.generated] == [1, 1]
+
+
 def test_a_localization_answer_has_no_thoughts(policy):
     """It runs to eos or to its budget, and is not cut."""
     prompt = policy.tasks(3, 1)[0].prompt_ids
@@ -456,6 +539,79 @@ def test_a_localization_answer_has_no_thoughts(policy):
 
 
 # ------------------------------------------------------------------------------------------- driver
+
+
+def yields_no_list(task):
+    yield task.request("base", 1)
+
+
+def yields_no_requests(task):
+    yield [task.prompt_ids]
+
+
+def yields_nothing(task):
+    yield
+
+
+@pytest.mark.parametrize("program", [yields_no_list, yields_no_requests, yields_nothing])
+def test_a_program_that_yields_something_else_is_named(policy, program):
+    (task,) = policy.tasks(3, 1)
+    complaint = f"program {program.__name__} yielded .* must yield a list of requests"
+    with pytest.raises(TypeError, match=complaint):
+        run_programs([program(task)], policy.engine)
+
+
+def returns_nothing(task):
+    yield [task.request("base", 2)]
+
+
+def returns_no_rollout(task):
+    yield [task.request("base", 2)]
+    return []
+
+
+def returns_groups(task):
+    return (yield [task.request("base", 2)])
+
+
+def returns_a_copy(task):
+    (base,) = yield [task.request("base", 2)]
+    return task.in_group(0, [replace(rollout) for rollout in base])
+
+
+def leaves_a_group_unset(task):
+    (base,) = yield [task.request("base", 2)]
+    return base
+
+
+def sets_too_few_advantages(task):
+    (base,) = yield [task.request("base", 2)]
+    base[0].advantages = [1.0]
+    return task.in_group(0, base)
+
+
+def leaves_a_review_without_advantages(task):
+    (review,) = yield [task.ask("review", task.prompt_ids)]
+    return task.in_group(0, review)
+
+
+@pytest.mark.parametrize(
+    "program, complaint",
+    [
+        (returns_nothing, "None: return a list of at least one rollout"),
+        (returns_no_rollout, r"\[\]: return a list of at least one rollout"),
+        (returns_groups, "in its list: return the rollouts that were sampled"),
+        (returns_a_copy, "a copy of a rollout, which is not logged: change the sampled one"),
+        (leaves_a_group_unset, "without a group: put it into one with task.in_group"),
+        (sets_too_few_advantages, r"1 advantages for \d+ thoughts: set one for each thought"),
+        (leaves_a_review_without_advantages, "without reward and advantages: set its advantages"),
+    ],
+)
+def test_a_program_that_returns_something_else_is_told(policy, program, complaint):
+    (task,) = policy.tasks(3, 1)
+    name = f"idea.py:{program.__name__}"
+    with pytest.raises(UserError, match=f"^--method {name} returned .*{complaint}"):
+        trained_rollouts(name, run_programs([program(task)], policy.engine))
 
 
 def test_driver_returns_results_in_order_and_counts_everything(policy):

@@ -155,7 +155,7 @@ def test_thought_signals_are_weights_times_surprise(policy):
     rollout.prefix_len = rollout.thought_ends[0]  # as if its first thought were a shared prefix
     signals = study.thought_signals(rollout, 8)
     assert signals[0] is None and len(signals) == len(rollout.thought_ends)
-    weight = rollout.advantage / (8 * (len(rollout.token_ids) - rollout.prefix_len))
+    weight = rollout.advantages[1] / (8 * (len(rollout.token_ids) - rollout.prefix_len))
     logps = rollout.logps[rollout.thought_ends[0] : rollout.thought_ends[1]]
     assert signals[1] == pytest.approx(np.mean([weight * (1 - np.exp(logp)) for logp in logps]))
 
