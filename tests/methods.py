@@ -197,9 +197,10 @@ def score_stage2(task: Task) -> Program:
     Source: "Training Language Models to Self-Correct via Reinforcement Learning", arXiv 2409.12917.
     It has no official release; read: BY571/SCoRe (alpha 10) and VityaVitalich/SCoRe (alpha 0.5).
     As in the first of them, the first turn is worth r1 alone: the bonus does not pull it downwards.
-    The baseline is the mean over the pairs of a prompt. It crosses states: each second turn has a
-    prompt of its own, and a mean over its continuations would cancel -alpha r1. It stays unbiased,
-    because the other pairs do not depend on this one.
+    Then -alpha r1 is a baseline of the second turn: in expectation (a test) the bonus only makes
+    the second turn 1 + alpha times as loud.
+    The mean over the pairs of a prompt is the baseline. It crosses states, because each second turn
+    has a prompt of its own, and stays unbiased: the other pairs do not depend on this one.
     Departures: no KL terms (see stage I). Neither of the two has a baseline; VityaVitalich gives
     both turns the sum r1 + r2 + alpha (r2 - r1). Each stage is a run, on the same data:
 
