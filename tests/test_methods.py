@@ -433,13 +433,12 @@ def run(method, out_dir, *flags):
 @pytest.mark.parametrize(
     "method, purpose, flags",
     [
-        ("vineppo", "value", "--base 3 --oracle_samples 2"),
-        ("spo_tree", "segment", "--length step"),
+        ("vineppo", "value", "--base 3 --oracle_samples 2 --train_data chain-3"),
+        ("spo_tree", "segment", "--length step --train_data chain-6"),
     ],
 )
 def test_two_steps_of_a_run(method, purpose, flags, tmp_path):
-    data = "--steps 2 --train_data chain-3 --eval_data chain-3"
-    run(method, tmp_path, *data.split(), *flags.split())
+    run(method, tmp_path, "--steps", "2", "--eval_data", "chain-3", *flags.split())
     steps = steps_of(tmp_path)
     assert [line.step for line in steps] == [1, 2]
     for line in steps:
