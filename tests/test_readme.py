@@ -1,15 +1,14 @@
 """What the README says is so: its example runs, its names exist, its table is its formula."""
 
 import importlib
+import json
 import re
 from dataclasses import dataclass
 
 import pytest
 
-import loss
+import srpo
 from conftest import ROOT
-from data.driver import run_programs
-from rollout import PROGRAMS
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "tests" / "README.md").read_text()
@@ -23,21 +22,22 @@ def test_the_readme_is_short():
     assert max(map(len, lines)) <= 110
 
 
-def test_the_worked_example_runs(policy):
+def test_the_worked_example_trains(tmp_path):
+    """From a file outside the project, as the README says: every thought has its own advantage."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    (code,) = [block for block in blocks if "PROGRAMS[" in block]
-    try:
-        exec(code, {})
-        programs = [PROGRAMS["halfway"](task) for task in policy.tasks(6, 8)]
-        sampled = run_programs(programs, policy.engine)
-    finally:
-        PROGRAMS.pop("halfway", None)
-    rollouts = []
-    for buffer in sampled.results:
-        rollouts += buffer
-    assert len(rollouts) == 64 and len(sampled.generated) == 64
-    loss.set_advantages(rollouts)
-    assert any(rollout.reset and rollout.prefix_len for rollout in rollouts)
+    (code,) = [block for block in blocks if "def vine" in block]
+    (tmp_path / "vine.py").write_text(code)
+    out = tmp_path / "run"
+    flags = "--engine hf --steps 1 --prompts_per_step 6 --train_data chain-3 --eval_data chain-3"
+    flags += " --eval_problems 4 --rollouts_every 1 --oracle_samples 2"
+    srpo.main([*flags.split(), "--method", f"{tmp_path}/vine.py:vine", "--out_dir", str(out)])
+    records = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    trained = [record for record in records if record["group"] is not None]
+    assert len(trained) == 24 and len(records) > 24
+    assert all(len(r["advantages"]) == len(r["thoughts"]) for r in trained)
+    assert any(len(set(r["advantages"])) > 2 for r in trained)
+    (line,) = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][1:]
+    assert line["trained_tokens"] > 0
 
 
 def names_of_code():
