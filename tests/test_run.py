@@ -19,6 +19,7 @@ import srpo
 from conftest import IDEA, POLICY, ROOT
 from data.driver import run_programs
 from data.metrics import step_metrics
+from data.programs import load_program
 from data.runs import append, name_of, read_run
 from rollout import Rollout, records_of
 
@@ -137,6 +138,16 @@ def test_a_method_from_a_file_outside_the_project(tmp_path, capsys, idea):
         assert step["tokens"]["suffix"] == 0
     run_here("--resume", out, "--steps", "3")
     assert lines_of(out / "metrics.jsonl")[-1]["step"] == 3
+
+
+def test_a_file_may_have_the_name_of_one_of_ours(idea):
+    named = idea.with_name("rollout.py")
+    named.write_text(
+        "from rollout import grpo\n\ndef mine(task):\n    return (yield from grpo(task))\n"
+    )
+    ours = sys.modules["rollout"]
+    assert load_program(f"{named}:mine").__name__ == "mine"
+    assert sys.modules["rollout"] is ours
 
 
 def test_a_method_by_its_module(tmp_path, idea, monkeypatch):
