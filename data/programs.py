@@ -36,7 +36,8 @@ def load_program(method: str) -> Callable:
         )
     try:
         if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            # Under a name of its own: a file called rollout.py must not replace ours.
+            spec = importlib.util.spec_from_file_location(f"{Path(source).stem} (--method)", source)
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)

@@ -39,6 +39,40 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+# A method of somebody else, in a file of its own: VinePPO, credit for each thought.
+IDEA = """
+from localize import prefix_values
+
+def vine(task):
+    (base,) = yield [task.request("base", 4)]
+    values = yield from prefix_values(task, base, "value")
+    for rollout, v in zip(base, values):
+        rollout.advantages = [after - before for before, after in zip(v, v[1:])]
+    return task.in_group(0, base)
+
+def two_turns(task):
+    (base,) = yield [task.request("base", 2)]
+    (reviews,) = yield [task.ask("review", task.reply(base[0], "so +8 now"))]
+    (again,) = yield [task.request("retry", 2, prompt_ids=task.reply(base[0], "so +9 now"))]
+    reviews[0].advantages = [1.0]
+    return task.in_group(0, base) + task.in_group(1, again) + task.in_group(2, reviews)
+
+def only_reviews(task):
+    reviews = yield [task.ask("review", task.prompt_ids) for _ in range(2)]
+    for (review,) in reviews:
+        review.advantages = [0.0]
+    return task.in_group(0, [review for (review,) in reviews])
+
+def returns_nothing(task):
+    yield [task.request("base", 2)]
+
+def no_generator(task):
+    return []
+
+not_even_a_function = 1
+"""
+
+
 def settings(**changed):
     """The settings that programs, localizers and the loss read."""
     usual = dict(

@@ -19,7 +19,7 @@ from test_run import lines_of
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import srpo
-from conftest import POLICY, ROOT, settings
+from conftest import IDEA, POLICY, ROOT, settings
 from data.driver import run_programs
 from data.parallel import whole, whole_weights
 from data.policies import load_policy
@@ -46,6 +46,8 @@ METHODS = {
     ),
     # The second process has nothing to sample.
     "one_prompt": "--prompts_per_step 1 --steps 3 --localizer oracle --oracle_samples 2",
+    # From a file outside the project: advantages for each thought.
+    "idea": "--method {folder}/idea.py:vine --steps 2 --oracle_samples 2",
     "checkpointing": "--grad_checkpointing true --steps 2",
 }
 
@@ -84,11 +86,13 @@ for job in {jobs!r}:
 def runs(tmp_path_factory):
     """Every method in one process, and in two: folder with METHOD-1 and METHOD-2."""
     folder = tmp_path_factory.mktemp("processes")
+    (folder / "idea.py").write_text(IDEA)
 
     def jobs(n):
         found = []
         for name, flags in METHODS.items():
-            found.append([*SMALL, *flags.split(), "--out_dir", f"{folder}/{name}-{n}"])
+            flags = flags.format(folder=folder).split()
+            found.append([*SMALL, *flags, "--out_dir", f"{folder}/{name}-{n}"])
         return found
 
     script = folder / "jobs.py"  # one torchrun for all of them: no seconds go into imports

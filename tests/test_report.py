@@ -21,9 +21,10 @@ from data import curves
 from data.driver import run_programs
 from data.faults import UserError
 from data.metrics import step_metrics
+from data.programs import trained_rollouts
 from data.report import page
 from data.runs import append, name_of, read_run
-from loss import set_advantages, token_weights
+from loss import set_advantages, weigh
 from rollout import PROGRAMS, records_of
 
 CHROMIUM = (
@@ -56,13 +57,35 @@ SHOWN = [  # the same, as the page has to show it
 ]
 
 
+def open_record(task):
+    """A program with all that a record can say: credit for each thought, a response that joins the
+    base group, masked thoughts, a second turn off-policy, and a review."""
+    (base,) = yield [task.request("base", 3)]
+    again, _ = yield [task.request("again", 1, base[0], 2), task.request("value", 5, base[1], 2)]
+    again[0].trained_from = 0
+    base[1].trained_from = base[1].thought_ends[0]
+    for rollout in base + again:
+        H = len(rollout.thought_ends)
+        rollout.advantages = [(-1.0) ** h * (h + 1) / H for h in range(H)]
+    second = task.reply(base[0], "so +9 now")
+    retry, _ = yield [task.request("retry", 2, prompt_ids=second), task.ask("review", second)]
+    for i, rollout in enumerate(retry):
+        rollout.trained_prompt = task.prompt_ids
+        rollout.advantages = [i - 0.5] * len(rollout.thought_ends)
+    return task.in_group(0, base + again) + task.in_group(1, retry)
+
+
 class Run:
     """A run directory, written by srpo.py's own functions from rollouts of the embedded policy.
 
-    `rollouts` holds (trained, generated) for each step. settings: of srpo.Config."""
+    `rollouts` holds (trained, generated) for each step, `weights` those of the loss by id of the
+    rollout. method: a name, or a program. settings: of srpo.Config."""
 
     def __init__(self, folder, policy, steps=2, problems=4, method="srpo", **settings):
-        self.folder, self.rollouts = folder, {}
+        self.folder, self.rollouts, self.weights = folder, {}, {}
+        self.program = PROGRAMS.get(method, method)
+        if callable(method):
+            method = f"idea.py:{method.__name__}"
         folder.mkdir()
         cfg = srpo.Config(method=method, prompts_per_step=problems, **settings).resolve()
         config = {"name": cfg.name()} | asdict(cfg)
@@ -71,23 +94,23 @@ class Run:
         lines = [{"step": 0, "total_tokens": 0, "eval_pass_rate": 0.25}]
         for step in range(1, steps + 1):
             tasks = policy.tasks(4, problems, "self", seed=step, **settings)
-            lines.append(self.take_step(step, method, tasks, policy.engine))
+            lines.append(self.take_step(step, tasks, policy.engine))
             lines[-1]["total_tokens"] += lines[-2]["total_tokens"]
         write_lines(folder / "metrics.jsonl", lines)
 
-    def take_step(self, step, method, tasks, engine):
+    def take_step(self, step, tasks, engine):
         """Samples the rollouts of a step and writes them; its step line."""
-        sampled = run_programs([PROGRAMS[method](task) for task in tasks], engine)
-        rollouts = []
-        for buffer in sampled.results:
-            rollouts += buffer
+        sampled = run_programs([self.program(task) for task in tasks], engine)
+        rollouts = trained_rollouts("idea", sampled)
         set_advantages(rollouts)
+        for item in weigh(rollouts, tasks[0].cfg):
+            self.weights[id(item.rollout)] = item.weights
         self.rollouts[step] = (rollouts, sampled.generated)
         path = self.folder / "rollouts.jsonl"
         append(path, records_of(step, sampled.generated, tasks))
         line = {"step": step, "total_tokens": sum(r.generated for r in sampled.generated)}
         line |= step_metrics(rollouts, sampled.generated, tasks)
-        line |= {"trained_tokens": 1, "entropy": None, "counters": {}}
+        line |= {"trained_tokens": 1, "off_policy_tokens": 0, "entropy": None, "counters": {}}
         line |= {"seconds": dict(sampled.seconds), "eval_pass_rate": 0.25 + step / 10}
         return line
 
@@ -215,37 +238,44 @@ def runs(policy, tmp_path_factory):
         "grpo": Run(folder / "grpo", policy, method="grpo"),
         "2x4": Run(folder / "2x4", policy, split="2x4"),
         "unmasked": Run(folder / "unmasked", policy, mask_prefix=False),
+        "response": Run(folder / "response", policy, length="response"),
+        "step": Run(folder / "step", policy, length="step"),
+        "open": Run(folder / "open", policy, method=open_record),
+        "open step": Run(folder / "open_step", policy, method=open_record, length="step"),
     }
 
 
 # ------------------------------------------------------------------------------------ the data
 
 
-@pytest.mark.parametrize("name", ["srpo", "grpo", "2x4", "unmasked"])
+@pytest.mark.parametrize(
+    "name", ["srpo", "grpo", "2x4", "unmasked", "response", "step", "open", "open step"]
+)
 def test_weights_are_those_of_the_loss(runs, tmp_path, name):
     run = runs[name]
     _, data = report(tmp_path / "report.html", run.folder)
-    mask_prefix = name != "unmasked"
     weighted = 0
     for step in data["runs"][0]["steps"]:
         rollouts, generated = run.rollouts[step["step"]]
-        assert step["n"] == len(rollouts) == 32
+        assert step["n"] == len(rollouts) == (24 if "open" in name else 32)
         seen = set()
         for tree in step["trees"]:
             for shown in tree["rollouts"]:
                 seen.add(shown["id"])
-                weights = check_weights(shown, generated[shown["id"]], 32, mask_prefix)
+                rollout = generated[shown["id"]]
+                untrained = [0.0] * len(rollout.token_ids)
+                weights = run.weights.get(id(rollout), untrained)
+                check_weights(shown, rollout, weights, mask_prefix=name != "unmasked")
                 weighted += any(weights)
-        assert seen == set(range(len(generated)))  # each in one tree
+        drawn = {i for i, rollout in enumerate(generated) if rollout.purpose != "value"}
+        assert seen == drawn  # each in one tree
     assert weighted
 
 
-def check_weights(shown, rollout, n_rollouts, mask_prefix):
-    """Compares what the page has of a rollout with the loss's token weights, which it returns."""
+def check_weights(shown, rollout, weights, mask_prefix):
+    """Compares what the page has of a rollout with the loss's token weights."""
     assert (shown["k"] is None) == (rollout.group is None)
-    weights = [0.0] * len(rollout.token_ids)
-    if rollout.group:
-        weights = token_weights(rollout, n_rollouts, mask_prefix=mask_prefix)
+    assert shown["off_policy"] == (rollout.trained_prompt is not None)
     spans = list(zip([0, *rollout.thought_ends], rollout.thought_ends))
     assert shown["tokens"] == [end - start for start, end in spans]
     sums = [sum(weights[start:end]) for start, end in spans]
@@ -254,7 +284,43 @@ def check_weights(shown, rollout, n_rollouts, mask_prefix):
     assert shown["token_weights"] == pytest.approx(last_tokens, rel=1e-5)
     masked = rollout.masked(mask_prefix)
     assert shown["masked"] == sum(end <= masked for end in rollout.thought_ends)
-    return weights
+
+
+def test_what_the_page_knows_of_an_open_record(runs, tmp_path):
+    """Whole texts where a response is trained from its beginning; prompts of later turns; and only
+    the number of continuations that measure a prefix."""
+    _, data = report(tmp_path / "report.html", runs["open"].folder)
+    run = data["runs"][0]
+    about = "idea.py:open_record: embedded on chain-12; 4 prompts a step; learning rate 0.0005"
+    assert run["about"] == about
+    for tree in all_trees(run):
+        assert tree["unshown"] == {"value": 5}
+        by_purpose = {}
+        for shown in tree["rollouts"]:
+            by_purpose.setdefault(shown["purpose"], []).append(shown)
+        (again,) = by_purpose["again"]
+        assert (again["k"], again["shared"], again["masked"], again["from"]) == (0, 1, 0, 1)
+        assert len(again["thoughts"]) == len(again["tokens"]) and not again["is_reset"]
+        assert [r["masked"] for r in by_purpose["base"]] == [0, 1, 0]
+        for shown in by_purpose["retry"]:
+            assert shown["k"] == 1 and shown["off_policy"]
+            assert shown["prompt"].startswith(tree["question"])
+        (review,) = by_purpose["review"]
+        assert review["k"] is None and review["reward"] is None
+
+
+def test_older_runs_have_one_advantage_for_a_rollout(runs, tmp_path):
+    _, now = report(tmp_path / "now.html", runs["2x4"].folder)
+    older = tmp_path / "2x4"
+    shutil.copytree(runs["2x4"].folder, older)
+    records = runs["2x4"].records()
+    for record in records:
+        advantages = record.pop("advantages")
+        record["advantage"] = advantages[0] if advantages else None
+        del record["trained_from"], record["off_policy"]
+    write_lines(older / "rollouts.jsonl", records)
+    _, then = report(tmp_path / "then.html", older)
+    assert then == now
 
 
 def test_a_problem_that_is_twice_in_a_step_is_two_trees(runs, tmp_path):
@@ -407,7 +473,7 @@ def check_groups(rows, text):
 def check_colours(rows, page):
     """A cell has a colour where its thought has a weight."""
     by_id = {r["id"]: r for r in rows}
-    seeds = {r["seed"] for r in rows} - {None}
+    seeds = {r["seed"] for r in rows if r["is_reset"]}
     drawn = rows + [by_id[seed] for seed in seeds]  # a seed is drawn above its fork, too
     in_scale = 2 if any(any(r["token_weights"]) for r in rows) else 0
     for sign, kind in ((1, "pos"), (-1, "neg")):
@@ -415,6 +481,34 @@ def check_colours(rows, page):
         for r in drawn:
             cells += sum(sign * weight > 0 for weight in r["token_weights"][r["from"] - 1 :])
         assert page.count("cell", kind) == in_scale + cells
+
+
+@in_browser
+def test_draws_each_thought_in_its_own_colour(runs, tmp_path):
+    out = tmp_path / "report.html"
+    _, data = report(out, runs["open"].folder)
+    page = opened(out, "#run=1&step=1&problem=2")
+    tree = data["runs"][0]["steps"][0]["trees"][1]
+    text = page.texts["tree"]
+    rows = [r for r in tree["rollouts"] if r["k"] is not None]
+    check_colours(rows, page)
+    for r in rows:
+        check_texts(r, text)
+    masked = [r for r in rows if r["masked"]]
+    assert len(masked) == 1
+    assert page.count("cell", "masked") == 1 + len(masked)  # one is in the legend
+    assert page.count("cell", "shared") == 1 + 1
+    assert "Sampled after thought 1 of base rollout 1, and trained from its beginning." in text
+    assert "Trained from thought 2 on." in text
+    assert text.count("Off-policy: sampled from another prompt than it is trained under.") == 2
+    assert "The prompt that it was sampled from" in text
+    assert "an advantage for each thought" in text
+    assert re.search(r"A −\S+ to \+\S+", text)
+    for title in ("Base group", "Group 1: retry", "Drawn, and trained on by nobody"):
+        assert title in text
+    assert "Reset 1" not in text
+    assert '5 continuations for "value" that nobody trained on are not shown.' in text
+    assert page.texts["subtitle"] == data["runs"][0]["about"]
 
 
 USER = """

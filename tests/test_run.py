@@ -16,9 +16,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srpo
-from conftest import POLICY, ROOT
+from conftest import IDEA, POLICY, ROOT
 from data.driver import run_programs
 from data.metrics import step_metrics
+from data.programs import load_program
 from data.runs import append, name_of, read_run
 from rollout import Rollout, records_of
 
@@ -61,6 +62,7 @@ STEP_KEYS = (
         "--method rrpo --split 2x4",
         "--method rrpo --split 1x8 --mask_prefix false",
         "--length response",
+        "--length step",
         "--method grpo --clip 0.2 --updates 2",
         "--localizer oracle --oracle_samples 2",
     ],
@@ -107,6 +109,117 @@ def check_steps_and_rollouts(steps, rollouts):
         assert rollout["question"].startswith("mod97")
         assert rollout["answer"].isdigit()
         assert "".join(rollout["thoughts"])
+
+
+@pytest.fixture
+def idea(tmp_path):
+    """A file outside the project with methods in it."""
+    path = tmp_path / "elsewhere" / "idea.py"
+    path.parent.mkdir()
+    path.write_text(IDEA)
+    return path
+
+
+def test_a_method_from_a_file_outside_the_project(tmp_path, capsys, idea):
+    """VinePPO in six lines: different advantages for the thoughts of one rollout are trained."""
+    out = tmp_path / "run"
+    flags = ["--method", f"{idea}:vine", "--oracle_samples", "2", "--train_data", "chain-3"]
+    run_here(*TINY, *flags, "--out_dir", out)
+    assert f"\n{idea}:vine " in capsys.readouterr().out
+    _, *steps = lines_of(out / "metrics.jsonl")
+    rollouts = lines_of(out / "rollouts.jsonl")
+    trained = [rollout for rollout in rollouts if rollout["advantages"] is not None]
+    assert len(trained) == 2 * 6 * 4
+    assert {rollout["purpose"] for rollout in trained} == {"base"}
+    assert any(len(set(rollout["advantages"])) > 1 for rollout in trained)
+    for step in steps:
+        assert step["trained_tokens"] > 0 and step["grad_norm"] > 0
+        assert step["tokens"]["value"] > step["tokens"]["base"] > 0
+        assert step["tokens"]["suffix"] == 0
+    run_here("--resume", out, "--steps", "3")
+    assert lines_of(out / "metrics.jsonl")[-1]["step"] == 3
+
+
+def test_a_file_may_have_the_name_of_one_of_ours(idea):
+    named = idea.with_name("rollout.py")
+    named.write_text(
+        "from rollout import grpo\n\ndef mine(task):\n    return (yield from grpo(task))\n"
+    )
+    ours = sys.modules["rollout"]
+    assert load_program(f"{named}:mine").__name__ == "mine"
+    assert sys.modules["rollout"] is ours
+
+
+def test_a_method_by_its_module(tmp_path, idea, monkeypatch):
+    monkeypatch.syspath_prepend(idea.parent)
+    run_here(*TINY, "--method", "idea:vine", "--steps", "1", "--out_dir", tmp_path / "run")
+    assert lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["tokens"]["value"] > 0
+
+
+def test_a_second_group_without_a_seed_and_tokens_of_a_new_purpose(tmp_path, capsys, idea):
+    """Both are in the step line; a trained review has no reward; a second turn keeps its prompt."""
+    out = tmp_path / "run"
+    run_here(*TINY, "--method", f"{idea}:two_turns", "--localize_tokens", "5", "--out_dir", out)
+    assert "pass 0." in capsys.readouterr().err
+    _, *steps = lines_of(out / "metrics.jsonl")
+    for step in steps:
+        assert step["tokens"]["retry"] > 0 and step["tokens"]["review"] > 0
+        assert step["total_tokens"] >= sum(step["tokens"].values())
+        assert 0 <= step["pass_base"] <= 1 and step["pass_suffix"] is None
+        assert step["zero_variance_base"] <= 12 / 18  # reviews have an advantage
+        assert step["reset_depth"] is None and step["localized"] == {}
+    for rollout in lines_of(out / "rollouts.jsonl"):
+        turns = {"base": (0, None), "retry": (1, "+9"), "review": (2, "+8")}
+        k, said = turns[rollout["purpose"]]
+        assert rollout["group"][1] == k
+        assert rollout["off_policy"] is False
+        assert (rollout["reward"] is None) == (k == 2)
+        assert ("prompt" in rollout) == (k > 0)
+        if k > 0:
+            prompt = rollout["prompt"]
+            assert prompt.startswith(rollout["question"]) and said in prompt[-20:]
+
+
+def test_a_step_that_measures_and_trains_nothing(tmp_path, idea):
+    """No reward, and every advantage is zero: no update, and the logger does not crash."""
+    out = tmp_path / "run"
+    run_here(*TINY, "--method", f"{idea}:only_reviews", "--localize_tokens", "5", "--out_dir", out)
+    _, *steps = lines_of(out / "metrics.jsonl")
+    for step in steps:
+        assert step["counters"] == {"no_update": 1} and step["trained_tokens"] == 0
+        assert step["pass_base"] is None and step["pass_suffix"] is None
+        assert step["tokens"]["review"] > 0 and step["zero_variance_base"] == 1
+
+
+@pytest.mark.parametrize(
+    "method, complaint",
+    [
+        ("ppo", "no such method; use grpo, rrpo, srpo, MODULE:FUNCTION or FILE.py:FUNCTION"),
+        ("no_such_module:vine", "cannot import it (ModuleNotFoundError"),
+        (":vine", "cannot import it (ValueError"),
+        ("{tmp}/missing.py:vine", "cannot import it (FileNotFoundError"),
+        ("{tmp}/broken.py:vine", "cannot import it (SyntaxError"),
+        ("{tmp}/elsewhere/idea.py:nothing", "nothing is no generator function of"),
+        ("{tmp}/elsewhere/idea.py:", "is no generator function of"),
+        ("{tmp}/elsewhere/idea.py:no_generator", "a program yields lists of requests and returns"),
+        ("{tmp}/elsewhere/idea.py:not_even_a_function", "is no generator function of"),
+    ],
+)
+def test_a_bad_method_is_one_clear_line(tmp_path, capsys, untouched, idea, method, complaint):
+    (tmp_path / "broken.py").write_text("def vine(task:\n")
+    method = method.replace("{tmp}", str(tmp_path))
+    line = refused(capsys, *TINY, "--method", method, "--out_dir", untouched)
+    assert line.startswith(f"srpo.py: --method {method}: ") and complaint in line
+    assert "\n" not in line
+
+
+def test_a_method_that_returns_nothing_is_told(tmp_path, capsys, idea):
+    method = f"{idea}:returns_nothing"
+    with pytest.raises(SystemExit) as end:
+        run_here(*TINY, "--method", method, "--out_dir", tmp_path / "run")
+    assert end.value.code == 2
+    complaint = f"--method {method} returned None: return a list of at least one rollout"
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_training_learns(tmp_path):
@@ -416,7 +529,9 @@ def write_bad_inputs(folder):
             "the prompt of problem 0 has 500 tokens, the model's context is 384",
         ),
         ("--train_data chain-0", "1 to 24 steps"),
-        ("--method ppo", "invalid choice: 'ppo'"),
+        ("--method ppo", "--method ppo: no such method"),
+        ("--off_policy_shape -0.1", "--off_policy_shape must not be negative"),
+        ("--length whole", "invalid choice: 'whole'"),
         ("--steps many", "invalid int value: 'many'"),
         ("--steps 0", "--steps must be at least 1"),
         ("--temperature 0", "--temperature must be above 0"),
