@@ -11,9 +11,9 @@ settings stay this project's, so that methods differ in their credit and in noth
 tests/test_methods.py checks the credit of each on a policy whose outcomes can all be listed.
 
 Departures that all share: sampling at T = 1 and top_p = 1 (VinePPO and SPO: T = 0.6, VinePPO also
-top_p = 0.9), one on-policy step on each buffer (VinePPO: two epochs of clipped PPO), no KL term and
-no whitening of advantages over the batch (VinePPO and SPO have both), thoughts instead of their
-steps and tokens, and prefixes are token ids (VinePPO, SPO: text that is encoded again).
+top_p = 0.9), one step on each buffer (the releases: several mini-batches, VinePPO two epochs, of
+clipped PPO), no KL term and no whitening of advantages over the batch (VinePPO and SPO have both),
+thoughts instead of their steps or tokens, and prefixes of token ids (there text, encoded again).
 Left out: SPO-chain, critiques by another model, and SCoRe with more than two turns.
 Not shown: that critique_grpo and score learn. The embedded policy cannot answer a second turn, so
 their tests run an untrained model with a chat template: the credit and the machinery, no more.
@@ -75,7 +75,8 @@ def spo_tree(task: Task) -> Program:
     Departures: a node is a whole response whose next segments are its first child, so every segment
     is sampled and trained once, behind the masked prefix of its rollout; segments are thoughts; all
     tokens are trained, where the release masks those of probability above 0.9 and leaves out
-    segments of advantage 0; no replay buffer of earlier trees.
+    segments of advantage 0; the whole tree is trained at once, where the release takes 32 random
+    segments of it and keeps the others for later iterations.
     `--length step`: every token has the same say. Else a short leaf is louder than a long one.
 
         python srpo.py --method tests/methods.py:spo_tree --length step
