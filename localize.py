@@ -152,18 +152,15 @@ def reviewed(task: Task, rollouts: list[Rollout], setting: dict = WRONG) -> Gene
         h, how = None, "too_long"
         if answer is not None:
             h, how = parse_localization(answer.text, len(rollout.thought_ends))
-        may_be_right = setting == UNKNOWN and how == "no_error"  # then this is an answer, no fault
-        if h is None and not may_be_right:
+        allowed = setting == UNKNOWN and how == "no_error"  # then "no error" is a proper answer
+        if h is None and not allowed:
             counters[f"localize_{how}"] += 1
         reviews.append(Review(h, how, answer))
     return reviews
 
 
 def by_self(task: Task, seeds: list[Rollout]) -> Generator:
-    """SRPO: the policy names the first wrong thought of each seed, else the fallback decides.
-
-    Writes the policy's answer into seed.localization.
-    """
+    """SRPO: the policy names h*, else the fallback does. Its answer becomes seed.localization."""
     reviews = yield from reviewed(task, seeds)
     found = []
     for seed, review in zip(seeds, reviews):

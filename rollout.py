@@ -490,7 +490,7 @@ class HFEngine(Engine):
         return ticket
 
     def finished(self) -> list[tuple[int, list[Rollout]]]:
-        """Samples all started requests, shortest contexts first; at most `max_rows` rows a time."""
+        """Samples all requests, shortest contexts first; at most `max_rows` rows at once."""
         requests, self.queue = self.queue, {}
         answers = {ticket: [] for ticket in requests}
 
