@@ -222,10 +222,8 @@ def command_localization(args) -> None:
     else:
         problems = held_out(args.data, args)
         reference = by_verifier if all(p.check_steps for p in problems) else by_oracle
-        # The oracle's two settings: srpo.py's defaults.
-        tasks = policy.tasks(
-            problems, args, localize_temperature=args.temperature, oracle_samples=8, oracle_tau=0.1
-        )
+        oracle = dict(oracle_samples=8, oracle_tau=0.1)  # srpo.py's defaults
+        tasks = policy.tasks(problems, args, localize_temperature=args.temperature, **oracle)
         result = on_own_failures(tasks, policy.engine, reference)
     if rank() > 0:
         return

@@ -47,7 +47,7 @@ def run_programs(programs: list[Generator], engine) -> Sampled:
     seconds = driver.seconds_by_purpose()
     start = perf_counter()
     mine = Share(driver.results, driver.generated, counters - counted_before)
-    merged = merge(gather(mine if engine.reports else Share()))  # --tp: one of those that share it
+    merged = merge(gather(mine if engine.reports else Share()))  # --tp: one process of each engine
     seconds["wait"] = perf_counter() - start
     counters.clear()  # then every process counts what all of them counted
     counters.update(counted_before + merged.counted)
