@@ -7,7 +7,7 @@
     python eval.py curves RUN_DIR [RUN_DIR...]                # learning curves, results and costs
     python eval.py report RUN_DIR [RUN_DIR...]                # one HTML page, with reset trees
 
-Left out: judge models, and statistics over more than seeds or problems.
+Left out: judge models, and statistics beyond intervals over seeds or problems.
 
 Try it alone:  python eval.py self-correct --problems 32      # the embedded policy, a minute
 """
@@ -42,6 +42,7 @@ from data.driver import run_programs
 from data.faults import UserError, counters
 from data.parallel import connect, disconnect, on_main, processes, rank
 from data.policies import encode_all, encode_prompt, load_policy
+from data.runs import append
 from data.tasks import GENERATED, load_problems
 from data.verifiers import check_machine
 from localize import (
@@ -64,7 +65,7 @@ LENGTHS = ("max_thoughts", "max_tokens_per_thought")  # settings that limit a re
 
 @dataclass
 class Evaluation:
-    """Responses to a list of tasks, and what they are worth."""
+    """Responses to a list of tasks, and their rewards."""
 
     pass_rate: float  # share of responses whose reward reaches cfg.correct
     rewards: np.ndarray  # [tasks, samples]
@@ -123,22 +124,22 @@ def open_policy(args) -> Policy:
 
 
 def held_out(data: str, args) -> list:
-    """The first --problems problems of a file, or of a generated task: never those of training."""
+    """The first --problems problems of a file, or of a generated task (never those of training)."""
     return load_problems(data, seed=10**6 + args.seed)[: args.problems]
 
 
 # ---------------------------------------------------------------------------------- benchmarks
 
-# What responses depend on: a folder holds those of one choice
+# Responses depend on these: a folder holds the responses of one choice
 SETTINGS = ("model", "samples", "temperature", "seed", "problems", *LENGTHS)
 
 
 def command_benchmark(args) -> None:
     """mean@n and pass@k of a policy on data sets, or the difference of two such results.
 
-    Samples n responses to every problem, in one process or under torchrun. Writes to --out every
-    response (SET.jsonl) and results.json. Responses that are there already are kept: the same
-    command goes on where it stopped."""
+    Samples n responses to every problem, in one process or under torchrun. Writes every response
+    (SET.jsonl) and results.json to --out; the same command goes on where it stopped.
+    """
     if args.compare:
         return compare(*args.compare)
     check_benchmark(args)
@@ -149,7 +150,7 @@ def command_benchmark(args) -> None:
     settings = {key: getattr(args, key) for key in SETTINGS}
     folder = f"{Path(args.model).name}-n{args.samples}-T{args.temperature}-seed{args.seed}"
     out = args.out or Path("benchmarks") / folder
-    connect()  # on_main speaks to the other processes
+    connect()  # on_main needs the connection to the other processes
     on_main(check_settings, out, settings)
     policy = open_policy(args)
     if rank() == 0:
@@ -181,18 +182,16 @@ def check_benchmark(args) -> None:
             f"benchmark needs --data FILE [FILE...] (JSON lines, or {GENERATED}), "
             "or --compare A.json B.json"
         )
-    greedy_copies = args.samples > 1 and args.temperature == 0
-    if args.samples < 1 or args.temperature < 0 or greedy_copies:
+    if args.samples < 1 or args.temperature < 0:
+        raise UserError("--n must be at least 1, and --temperature must not be negative")
+    if args.samples > 1 and args.temperature == 0:
         raise UserError(
-            "--n must be at least 1, and --temperature above 0 where it is more: "
-            "greedy responses are all the same"
+            "--n above 1 needs --temperature above 0: greedy responses are all the same"
         )
 
 
 def sample_into(path: Path, todo: list[Task], engine, args) -> None:
-    """Appends n responses to each task to `path`, a few problems at a time.
-
-    What was computed before a kill is then not lost."""
+    """Appends n responses to each task to `path`, a few problems at a time: a kill loses few."""
     at_once = max(processes(), args.max_rows * processes() // args.samples)
     starts = range(0, len(todo), at_once)
     bar = tqdm(starts, desc=path.stem, unit="batch", disable=rank() != 0, dynamic_ncols=True)
@@ -201,14 +200,12 @@ def sample_into(path: Path, todo: list[Task], engine, args) -> None:
         began = time.perf_counter()
         groups = evaluate(part, engine, args.samples).groups
         seconds = (time.perf_counter() - began) / len(part)  # of one problem
-        lines = []
+        records = []
         for task, group in zip(part, groups):
             for i, rollout in enumerate(group):
-                record = response_record(task.problem, i, rollout, seconds / len(group))
-                lines.append(json.dumps(record) + "\n")
+                records.append(response_record(task.problem, i, rollout, seconds / len(group)))
         if rank() == 0:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
+            append(path, records)
 
 
 # -------------------------------------------------------------------------------- localization
@@ -217,17 +214,19 @@ def sample_into(path: Path, todo: list[Task], engine, args) -> None:
 def command_localization(args) -> None:
     """Measures how well a policy finds the first wrong thought.
 
-    On labelled solutions (ProcessBench, see data/prepare.py), or on failures of its own."""
+    On labelled solutions (ProcessBench, see data/prepare.py), or on failures of its own.
+    """
     policy = open_policy(args)
     if is_labelled(args.data):
         result = on_labelled(load_labelled(args.data)[: args.problems], policy, args)
     else:
         problems = held_out(args.data, args)
         reference = by_verifier if all(p.check_steps for p in problems) else by_oracle
-        tasks = policy.tasks(
-            problems, args, localize_temperature=args.temperature, oracle_samples=8, oracle_tau=0.1
-        )
+        oracle = dict(oracle_samples=8, oracle_tau=0.1)  # srpo.py's defaults
+        tasks = policy.tasks(problems, args, localize_temperature=args.temperature, **oracle)
         result = on_own_failures(tasks, policy.engine, reference)
+    if rank() > 0:
+        return
     print(f"{args.model} on {args.data}; counters {dict(counters)}")
     for name, value in result.items():
         print(f"{name}: {value}")
@@ -242,7 +241,8 @@ def is_labelled(source: str) -> bool:
 def load_labelled(source: str) -> list[dict]:
     """Records with question, steps (H texts), and label: 0-based first wrong step, -1 for none.
 
-    Raises UserError naming the first line that is something else."""
+    Raises UserError naming the first line that is something else.
+    """
     records = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
     for number, record in enumerate(records, 1):
         steps, label = record.get("steps"), record.get("label")
@@ -256,10 +256,10 @@ def load_labelled(source: str) -> list[dict]:
 
 
 def on_labelled(records: list[dict], policy: Policy, args) -> dict[str, str]:
-    """Scores on labelled solutions, in two settings.
+    """Scores on labelled solutions, in two settings: ProcessBench's (UNKNOWN) and SRPO's (WRONG).
 
-    ProcessBench's: the policy may answer that there is no error. SRPO's: only wrong solutions, and
-    the policy is told that they are wrong."""
+    In SRPO's the policy sees only wrong solutions, and is told that they are wrong.
+    """
     wrong = [record for record in records if record["label"] >= 0]
     named = name_steps(records, UNKNOWN, policy, args)
     told = name_steps(wrong, WRONG, policy, args)
@@ -277,7 +277,8 @@ def on_labelled(records: list[dict], policy: Policy, args) -> dict[str, str]:
 def name_steps(records: list[dict], setting: dict, policy: Policy, args) -> list[int | None]:
     """The 1-based step that the policy names in each solution; 0 for "no error", None for neither.
 
-    A prompt that does not fit the context, like an answer that names no step, is a counter."""
+    Counted by name: prompts that do not fit the context, and answers that name no step.
+    """
     prompts, requests = [], []
     for k, record in enumerate(records):
         text = review_text(record["question"], record["steps"], setting)
@@ -310,7 +311,7 @@ class LocatedFailure:
     named: int | None  # h* of the policy, 1-based; None where it names none
     truth: int  # h* of the reference
     H: int  # thoughts in the failure
-    rewards: list[float]  # of four suffixes from the policy's reset state
+    right: list[bool]  # for each of four suffixes from the policy's reset state
 
     @property
     def late_by(self) -> int:
@@ -321,18 +322,19 @@ class LocatedFailure:
 def on_own_failures(tasks: list[Task], engine, reference) -> dict:
     """Localizes one failure per problem by the policy and by `reference`, another localizer.
 
-    Says how often the two agree, and how often suffixes from the policy's reset state are right."""
+    Says how often the two agree, and how often suffixes from the policy's reset state are right.
+    """
     programs = [locate_failure(task, reference) for task in tasks]
     failures = [found for found in run_programs(programs, engine).results if found is not None]
-    named = [failure for failure in failures if failure.named is not None]
-    clean = [failure for failure in named if failure.late_by <= 0]
-    erroneous = [failure for failure in named if failure.late_by > 0]
-    name = reference.__name__.removeprefix("by_")
+    located = [failure for failure in failures if failure.named is not None]
+    clean = [failure for failure in located if failure.late_by <= 0]
+    erroneous = [failure for failure in located if failure.late_by > 0]
+    reference_name = reference.__name__.removeprefix("by_")
     result = {
-        "failures": f"{len(failures)} of {len(tasks)} problems; reference: {name}",
-        "exact": share(sum(failure.late_by == 0 for failure in named), len(failures)),
+        "failures": f"{len(failures)} of {len(tasks)} problems; reference: {reference_name}",
+        "exact": share(sum(failure.late_by == 0 for failure in located), len(failures)),
         "a step chosen at random": by_chance([failure.H for failure in failures]),
-        "deviations": dict(sorted(Counter(failure.late_by for failure in named).items())),
+        "deviations": dict(sorted(Counter(failure.late_by for failure in located).items())),
         "corrected, from a clean prefix": corrected(clean),
         "corrected, from an erroneous prefix": corrected(erroneous),
         "pass@4, from a prefix that is clean": corrected_once(clean),
@@ -346,7 +348,7 @@ def on_own_failures(tasks: list[Task], engine, reference) -> dict:
         "2 or more late": (2, np.inf),
     }
     for band, (low, high) in bands.items():
-        part = [failure for failure in named if low <= failure.late_by <= high]
+        part = [failure for failure in located if low <= failure.late_by <= high]
         result[f"corrected, {band}"] = corrected(part)
     return result
 
@@ -358,25 +360,24 @@ def locate_failure(task: Task, reference):
     if not failures:
         return None
     seed = failures[0]
-    ((named, _),) = yield from by_self(task, [seed])
+    ((h, _),) = yield from by_self(task, [seed])
     ((truth, _),) = yield from reference(task, [seed])
     suffixes = []
-    if named is not None:
-        (suffixes,) = yield [task.request("suffix", 4, seed, named)]
-    return LocatedFailure(named, truth, len(seed.thought_ends), [r.reward for r in suffixes])
+    if h is not None:
+        (suffixes,) = yield [task.request("suffix", 4, seed, h)]
+    right = [not task.failed(rollout) for rollout in suffixes]
+    return LocatedFailure(h, truth, len(seed.thought_ends), right)
 
 
 def corrected(failures: list[LocatedFailure]) -> str:
     """Share of suffixes that are right."""
-    rewards = []
-    for failure in failures:
-        rewards += failure.rewards
-    return share(sum(reward >= 1 for reward in rewards), len(rewards))
+    right = list(chain(*[failure.right for failure in failures]))
+    return share(sum(right), len(right))
 
 
 def corrected_once(failures: list[LocatedFailure]) -> str:
     """Share of failures with a right suffix."""
-    return share(sum(max(failure.rewards) >= 1 for failure in failures), len(failures))
+    return share(sum(any(failure.right) for failure in failures), len(failures))
 
 
 # ----------------------------------------------------------------------------- self-correction
@@ -393,8 +394,8 @@ class Round:
 def command_self_correct(args) -> None:
     """Resets at test time: localize, reset, sample again, until the judge is satisfied.
 
-    Beside it the same with restarts from the prompt, which is best-of-n; both by round and at
-    equal generated tokens."""
+    Beside it restarts from the prompt (best-of-n); both by round and at equal generated tokens.
+    """
     policy = open_policy(args)
     problems = held_out(args.data, args)
     resets = correction_curve(problems, policy, args, reset=True)
@@ -435,8 +436,8 @@ def correction_curve(problems, policy: Policy, args, reset: bool) -> CorrectionC
     programs = [self_correct(task, args.rounds, args.judge, reset) for task in tasks]
     traces = run_programs(programs, policy.engine).results
     right, tokens = [], []
-    for trace in traces:
-        right.append([now.reward >= 1 for now in trace])
+    for task, trace in zip(tasks, traces):
+        right.append([now.reward >= task.cfg.correct for now in trace])
         tokens.append([now.tokens for now in trace])
     return CorrectionCurve(np.array(right), np.mean(tokens, axis=0))
 
@@ -446,7 +447,8 @@ def self_correct(task: Task, rounds: int, judge: str, reset: bool):
 
     judge: `verifier` stops at a right answer; `self` where the policy, shown its response, finds
     no error. reset: samples again from before the thought that the policy names as its first wrong
-    one; otherwise from the prompt, so that rounds + 1 responses are best-of-n."""
+    one; otherwise from the prompt, so that rounds + 1 responses are best-of-n.
+    """
     ((response,),) = yield [task.request("base", 1)]
     tokens = response.generated
     trace = [Round(response.reward, tokens)]

@@ -1,22 +1,23 @@
 """Localization: which thought of an incorrect rollout is the first wrong one (SRPO step 3).
 
 A localizer is a generator (task, seeds) -> [(h*, how)], one pair for each seed: h* in 1..H is the
-first thought to sample again, or None (the seed is not used); `how` says how h* was found. It
-yields requests like any program (rollout.py), so all problems of a step are localized together.
+first thought to sample again, or None (the seed is not used); `how` says how h* was found. A
+localizer yields requests like any program (rollout.py), so all problems of a step are localized
+together.
 
-  self      SRPO: the policy is shown the problem and its own numbered thoughts, is told that the
-            final answer is wrong (never the right one), and names the first wrong step in
+  self      SRPO: the policy reads the problem and its own numbered thoughts, and is told that its
+            final answer is wrong (never the right one); it names its first wrong thought in
             `\\boxed{N}`
   random    RRPO: h* uniform over 1..H
   verifier  the task's exact step checker: an upper bound, only for tasks that have one
   oracle    the paper's credit-assignment oracle by Monte Carlo: the value of every prefix from m
-            continuations; h* is the first thought that loses more than tau of it. It reads only
-            final rewards, and costs H x m continuations
+            continuations; h* is the first thought that lowers the value by more than tau. It reads
+            only final rewards, and costs H x m continuations
 
 Departures from the authors' release: an answer that cannot be parsed, is out of range, or says "no
-error" is a named counter, and `--localize_fallback` says what happens then (random: that seed
+error" is counted by its fault, and `--localize_fallback` says what happens then (random: that seed
 becomes RRPO; first: h* = 1; skip: the seed is dropped). It never silently becomes step 1.
-Left out: few-shot prompts, and agreement of several localization samples.
+Left out: few-shot prompts, and a vote of several localization answers.
 
 Try it alone:  python localize.py    # the embedded policy reviews its failures, beside the truth
 """
@@ -32,8 +33,7 @@ from data.policies import encode_prompt, load_policy, locate_token
 from data.verifiers import DELIMITER, last_boxed
 from rollout import HFEngine, Rollout, Task, grpo, make_tasks
 
-# A backslash at the end of a line joins it with the next one: the lines that the policy reads are
-# long.
+# A backslash at the end of a line joins it with the next: the policy reads long lines.
 INSTRUCTION = """\
 The solution below was written for the problem below. Its thoughts are numbered. {verdict}
 
@@ -48,12 +48,12 @@ not a later thought in which an earlier error
 only becomes visible. Check the thoughts in order. \
 End your reply with the number of that one thought in a box: \\boxed{{N}}, with N
 from 1 to {H}{unless}."""
-WRONG = {  # SRPO's setting
+WRONG = {  # SRPO: the policy is told that its answer is wrong
     "verdict": "Its final answer is WRONG.",
     "what": "the wrong answer",
     "unless": "",
 }
-UNKNOWN = {  # for measurements: the response may be right
+UNKNOWN = {  # for measurements: it is not told, and the response may be right
     "verdict": "It may be right or wrong.",
     "what": "all that is wrong",
     "unless": ", or \\boxed{0} if there is no error",
@@ -74,8 +74,9 @@ def review_text(question: str, thoughts: list[str], setting: dict = WRONG) -> st
 def localization_prompt(task: Task, rollout: Rollout, setting: dict = WRONG) -> list[int]:
     """Token ids that ask the policy for the first wrong thought of `rollout`.
 
-    A terse policy reads prompt + response + <locate>, the token ids as they were sampled. Others
-    read the instruction above. The reference answer is in none of them.
+    A terse policy (it has a <locate> token, see data/policies.py) reads prompt + response +
+    <locate>, as sampled; `setting` does not reach it. Other policies read the instruction above.
+    Neither prompt holds the reference answer.
     """
     tokenizer = task.vocabulary.tokenizer
     locate = locate_token(tokenizer)
@@ -85,17 +86,19 @@ def localization_prompt(task: Task, rollout: Rollout, setting: dict = WRONG) -> 
     return encode_prompt(tokenizer, text)
 
 
-BOXED_STEP = re.compile(
+BOXED_STEP = re.compile(  # the content of a box: 3, Step 3, \text{Thought #3}
     r"(?:\\text\{)?\s*(?:(?:step|thought)\s*)?#?\s*([+-]?[0-9]{1,9})\s*\}?\s*\.?", re.IGNORECASE
 )
+# in prose: "the error is in step 3"
 SPOKEN_STEP = re.compile(r"\b(?:step|thought)\s*#?\s*([0-9]{1,9})\b", re.IGNORECASE)
+# in a box: "none", "no error"
 NO_ERROR = re.compile(r"\b(no|none|correct)\b", re.IGNORECASE)
 
 
 def parse_localization(text: str, H: int) -> tuple[int | None, str]:
     """(h*, "self") from an answer, or (None, fault): unparsable, out_of_range or no_error.
 
-    It reads the last `\\boxed{N}`; without a box the last "step N" or "thought N". no_error: the
+    Reads the last `\\boxed{N}`; without a box the last "step N" or "thought N". no_error: the
     policy says 0, -1 or "none".
 
     >>> parse_localization("1: fine. Step 3 drops the sign, so \\\\boxed{3}", H=5)
@@ -149,14 +152,15 @@ def reviewed(task: Task, rollouts: list[Rollout], setting: dict = WRONG) -> Gene
         h, how = None, "too_long"
         if answer is not None:
             h, how = parse_localization(answer.text, len(rollout.thought_ends))
-        if h is None and not (setting is UNKNOWN and how == "no_error"):
+        allowed = setting == UNKNOWN and how == "no_error"  # then "no error" is a proper answer
+        if h is None and not allowed:
             counters[f"localize_{how}"] += 1
         reviews.append(Review(h, how, answer))
     return reviews
 
 
 def by_self(task: Task, seeds: list[Rollout]) -> Generator:
-    """SRPO: the policy names the first wrong thought of each seed, else the fallback decides."""
+    """SRPO: the policy names h*, else the fallback does. Its answer becomes seed.localization."""
     reviews = yield from reviewed(task, seeds)
     found = []
     for seed, review in zip(seeds, reviews):
@@ -168,7 +172,8 @@ def by_self(task: Task, seeds: list[Rollout]) -> Generator:
 
 def fallback(task: Task, seed: Rollout) -> int | None:
     """h* where the policy named none, by --localize_fallback; None: the seed is not used."""
-    at_random = uniform_thought(task, seed)  # drawn in any case: then all settings share their rng
+    # Always drawn: runs with different fallbacks then use the same random numbers afterwards.
+    at_random = uniform_thought(task, seed)
     if task.cfg.localize_fallback == "random":
         return at_random
     if task.cfg.localize_fallback == "first":
@@ -182,7 +187,7 @@ def uniform_thought(task: Task, seed: Rollout) -> int:
 
 def by_random(task: Task, seeds: list[Rollout]) -> Generator:
     """RRPO: h* ~ Uniform{1..H}."""
-    yield from ()  # a generator like the others, that asks for nothing
+    yield from ()  # makes it a generator like the others: one that asks for nothing
     return [(uniform_thought(task, seed), "random") for seed in seeds]
 
 
@@ -191,7 +196,7 @@ def by_verifier(task: Task, seeds: list[Rollout]) -> Generator:
 
     A seed without a wrong step (its answer was cut off) restarts at its last thought.
     """
-    yield from ()
+    yield from ()  # as in by_random
     return [(task.first_wrong(seed) or len(seed.thought_ends), "verifier") for seed in seeds]
 
 
@@ -224,13 +229,14 @@ def prefix_values(task: Task, rollouts: list[Rollout], purpose: str = "oracle") 
 def by_oracle(task: Task, seeds: list[Rollout]) -> Generator:
     """The credit-assignment oracle of CPI-CARO, by Monte Carlo.
 
-    h* is the first h with V(s_h) - V(s_{h-1}) < -tau, else the h that loses most (a counter).
+    h* is the first h with V(s_h) - V(s_{h-1}) < -tau; if there is none, the h with the largest drop
+    (counter oracle_none_below_tau).
     """
     values = yield from prefix_values(task, seeds)
-    return [(first_loss(of_seed, task.cfg.oracle_tau), "oracle") for of_seed in values]
+    return [(first_drop(of_seed, task.cfg.oracle_tau), "oracle") for of_seed in values]
 
 
-def first_loss(values: list[float], tau: float) -> int:
+def first_drop(values: list[float], tau: float) -> int:
     """First h whose advantage A(s_{h-1}, y_h) = V(s_h) - V(s_{h-1}) is below -tau."""
     advantages = [after - before for before, after in zip(values, values[1:])]
     for h, advantage in enumerate(advantages, 1):
@@ -240,6 +246,7 @@ def first_loss(values: list[float], tau: float) -> int:
     return 1 + advantages.index(min(advantages))
 
 
+# Add your own here, and its name to the setting `localizer` in srpo.py.
 LOCALIZERS = {"self": by_self, "random": by_random, "verifier": by_verifier, "oracle": by_oracle}
 
 

@@ -10,8 +10,8 @@ T_i     trained tokens: every response token of a base rollout, only the suffix 
 pi      the policy at the sampling temperature; y_t is token t of the response, y_<t all before it
 
 So every rollout has the same say, 1/N, whatever its group. A prompt with one group of 4 has half
-the say of a prompt with two, and one with 5 rollouts 5/8 of one with 8. Flat groups count in N: a
-step in which few groups have variance is a small step.
+the say of a prompt with two, and one with 5 rollouts 5/8 of one with 8. Flat groups (all
+rewards equal) count in N: a step in which most groups are flat is a small step.
 
 From top to bottom this file follows the equation: `set_advantages` gives A_i, `token_weights` gives
 A_i(t) / (|T_i| N), `collate` makes padded tensors, `chosen_logps` gives log pi(y_t | y_<t),
@@ -47,8 +47,8 @@ def set_advantages(rollouts: list[Rollout], normalize: bool = True) -> None:
 
     std is the population's; all A are zero where std < 1e-8. Rewards 1, 0, 0, 0 give advantages
     1.73, -0.58, -0.58, -0.58, the same for all thoughts of a rollout. Groups whose program has set
-    advantages keep them. normalize=False leaves the std out (tests: an unbiased gradient). Raises
-    ValueError if the members of a group do not start from one state.
+    advantages keep them. normalize=False does not divide by std: the gradient is then unbiased (for
+    tests and tests/study.py). Raises ValueError if a group does not start from one state.
     """
     for group, members in grouped(rollouts).items():
         if all(rollout.advantages is not None for rollout in members):
@@ -57,7 +57,7 @@ def set_advantages(rollouts: list[Rollout], normalize: bool = True) -> None:
         rewards = torch.tensor([rollout.reward for rollout in members], dtype=torch.float64)
         std = rewards.std(correction=0)
         scale = 1 / std if normalize else 1.0
-        if std < 1e-8:
+        if std < 1e-8:  # a flat group
             scale = 0.0
         advantages = (rewards - rewards.mean()) * scale
         for rollout, advantage in zip(members, advantages.tolist()):
@@ -142,8 +142,8 @@ def weigh(rollouts: list[Rollout], cfg) -> list[Weighted]:
 class Batch:
     """B rollouts over S distinct contexts: contexts left-padded, tokens right-padded.
 
-    The rollouts of a group share their prompt, or their reset state: it is there once. M tokens of
-    the batch are trained.
+    Rollouts of a group share their context (the prompt, or the reset state): it is stored once.
+    W: longest context, L: longest row of tokens, M: trained tokens of the batch.
     """
 
     contexts: torch.Tensor  # [S, W] token ids
@@ -197,6 +197,7 @@ def collate(items: list[Weighted], pad_id: int) -> Batch:
 
 
 def padded(rows: list[list], value, side: str = "right") -> torch.Tensor:
+    # Weights and log-probs stay exact until collate rounds them once, to float32.
     dtype = torch.float64 if isinstance(value, float) else None
     tensors = [torch.tensor(row, dtype=dtype) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
@@ -210,11 +211,12 @@ def chosen_logps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs [M], entropies [M]) of the trained tokens, at the sampling temperature, in nats.
 
-    Log-probs carry the gradient; entropies do not. chunk: tokens per call of the head.
+    Log-probs carry the gradient; entropies do not. chunk: tokens in a call of the head.
     """
+    # Both give the same numbers; the second is the plain way, the first is faster.
     hidden_of = hidden_of_shared_contexts if can_share(model) else hidden_of_rows
-    hidden = hidden_of(model, batch)  # [B, L, D]
-    hidden = hidden[batch.trained]  # [M, D] at the position before each token: it predicts it
+    hidden = hidden_of(model, batch)  # [B, L, D]: the state one position earlier predicts the token
+    hidden = hidden[batch.trained]  # [M, D]
     targets = batch.tokens[batch.trained]  # [M]
     head = model.get_output_embeddings()
     logps, entropies = [], []
@@ -237,7 +239,7 @@ def hidden_of_rows(model, batch: Batch) -> torch.Tensor:
     out = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
     )
-    return out.last_hidden_state[:, W - 1 : -1]
+    return out.last_hidden_state[:, W - 1 : -1]  # position W - 1 predicts the first token
 
 
 def score(head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float):
@@ -293,11 +295,11 @@ def backward(
 def micro_batches(items: list[Weighted], size: int, rank: int, ranks: int) -> list[list[Weighted]]:
     """This process's micro-batches of at most `size` rollouts: the same number on every process.
 
-    Sharded parameters need that all processes run as many forwards. A process that gets no rollout
-    of the last block runs one of which nothing is trained.
+    With sharded parameters all processes must run the same number of forwards. A process that gets
+    no rollout of the last block runs one in which no token is trained.
     """
 
-    def order(item):  # like lengths together, for little padding; then groups, for shared contexts
+    def order(item):  # similar lengths together: little padding; then groups: shared contexts
         return len(item.context), item.rollout.group
 
     items = sorted(items, key=order)
@@ -306,9 +308,11 @@ def micro_batches(items: list[Weighted], size: int, rank: int, ranks: int) -> li
         block = items[at : at + size * ranks]
         share = (len(block) + ranks - 1) // ranks
         part = block[rank * share : (rank + 1) * share]
-        first = block[0].rollout
-        idle = Weighted(first, [0.0] * len(first.token_ids), [False] * len(first.token_ids))
-        mine.append(part or [idle])
+        if not part:
+            rollout = block[0].rollout
+            n = len(rollout.token_ids)
+            part = [Weighted(rollout, [0.0] * n, [False] * n)]
+        mine.append(part)
     return mine
 
 

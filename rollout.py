@@ -46,27 +46,27 @@ from data.thoughts import ThoughtTracker, Vocabulary
 
 @dataclass
 class Rollout:
-    """One sampled response. Advantages, masks, metrics, trees and the JSON on disk are read from
-    it.
+    """One sampled response. The loss, the metrics and rollouts.jsonl are computed from it.
 
-    Thought h (1-based) is token_ids[thought_ends[h-2] : thought_ends[h-1]]; the last end is
-    len(token_ids). Example with two shared thoughts of 3 tokens each and two new ones of 4 and 2:
-    thought_ends == [3, 6, 10, 12], prefix_len == 6, reset == 3, generated == 6.
+    Thought h (1-based) is token_ids[thought_ends[h-2] : thought_ends[h-1]], from 0 where h = 1; the
+    last end is len(token_ids). Example with two shared thoughts of 3 tokens each and two new ones
+    of 4 and 2: thought_ends == [3, 6, 10, 12], prefix_len == 6, reset == 3, generated == 6.
     """
 
     problem: int  # Problem.index
     purpose: str  # what its tokens were spent on: base, seed, suffix, localization, ...
     prompt_ids: list[int]
     token_ids: list[int]  # the response, shared prefix included
-    logps: list[float]  # of token_ids: the sampler's, at its temperature, before top_p truncation
+    logps: list[float]  # of token_ids, at the sampling temperature; before top_p (vLLM: after it)
     thought_ends: list[int]
     finish: str  # answer | eos | thoughts | length: why it ended
-    text: str = ""
+    text: str = ""  # of all token_ids, shared prefix included
     prefix_len: int = 0  # tokens shared with the seed: sampling started after them (cost)
-    trained_from: int | None = None  # training starts at this token (credit); None: at prefix_len
+    # Training starts at this token (credit); None: at prefix_len. --mask_prefix false: at 0.
+    trained_from: int | None = None
     trained_prompt: list[int] | None = None  # off-policy: trained under this prompt instead
     reward: float | None = None  # in [0, 1]; None for localization answers
-    group: tuple[int, int] | None = None  # (slot in the step, group of that slot): one state each
+    group: tuple[int, int] | None = None  # (slot in the step, k): k = 0 is the base group
     seed: "Rollout | None" = field(default=None, repr=False)  # whose prefix it shares
     reset: int | None = None  # h*: the first thought that is sampled again
     localized: str | None = None  # how h* was found, see localize.py
@@ -86,7 +86,7 @@ class Rollout:
         return self.token_ids[: self.thought_ends[h - 2]] if h > 1 else []
 
     def masked(self, mask_prefix: bool = True) -> int:
-        """How many response tokens at its beginning are not trained."""
+        """How many tokens at the beginning of the response are not trained."""
         if not mask_prefix:
             return 0
         return self.prefix_len if self.trained_from is None else self.trained_from
@@ -148,7 +148,7 @@ class Request:
     purpose: str
     prompt_ids: list[int]
     n: int
-    rng_key: int  # the continuations depend on (policy, request) only, not on the rest of the batch
+    rng_key: int  # with the weights it fixes the continuations, whatever else is in the batch
     max_tokens: int  # generated tokens, at most
     temperature: float
     top_p: float
@@ -169,16 +169,16 @@ class Request:
 
 @dataclass
 class Task:
-    """What a program sees of the world: one problem at one slot of one step."""
+    """All that a program sees: one problem at one slot of one step."""
 
     problem: Problem
-    prompt_ids: list[int]  # x0
+    prompt_ids: list[int]  # x0: the token ids of the question's prompt
     slot: int  # position in the step: the same problem twice in a step is two tasks
     cfg: object  # settings: srpo.Config, or anything with the fields that the program reads
     vocabulary: Vocabulary
     localize: Callable | None  # a localizer of localize.py
     rng: np.random.Generator  # all randomness of the program
-    context: int  # longest sequence that the model takes, tokens
+    context: int  # length in tokens of the longest sequence that the model takes
 
     def request(
         self,
@@ -237,8 +237,7 @@ class Task:
         )
 
     def reply(self, rollout: Rollout, text: str) -> list[int]:
-        """Prompt ids of the next turn: what was sampled, without its end-of-text, then a user
-        message.
+        """Prompt ids of the next turn: the response without its end-of-text, then a user message.
 
         The sampled ids are never encoded again.
         """
@@ -264,7 +263,7 @@ class Task:
         return self.problem.check_steps(rollout.thoughts(self.vocabulary.tokenizer))
 
 
-USUAL = dict(  # settings of tasks outside a training run: srpo.py's defaults
+USUAL = dict(  # settings of tasks outside a training run: srpo.py's defaults, but for the last
     temperature=1.0,
     top_p=1.0,
     max_thoughts=20,
@@ -272,7 +271,7 @@ USUAL = dict(  # settings of tasks outside a training run: srpo.py's defaults
     correct=1.0,
     localize_temperature=0.3,
     localize_tokens=4096,
-    localize_fallback="skip",
+    localize_fallback="skip",  # measurements drop such a seed; srpo.py resets it at random
 )
 
 
@@ -301,6 +300,7 @@ Program = Generator[list[Request], list[list[Rollout]], list[Rollout]]
 
 def grpo(task: Task) -> Program:
     """GRPO: one i.i.d. group from the prompt."""
+    # One request is yielded, so one list of rollouts comes back.
     (base,) = yield [task.request("base", task.cfg.base)]
     return task.in_group(0, base)
 
@@ -317,15 +317,20 @@ def resets(task: Task) -> Program:
     # 3. Reset index h* of each seed.
     found = yield from locate(task, seeds)
     # 4. Reset state: the thoughts before h*. Suffix group: i.i.d. continuations of it.
-    suffixes = [task.request("suffix", cfg.suffixes, r.seed, r.h, r.how) for r in found]
+    suffix_requests = []
+    for reset in found:
+        request = task.request("suffix", cfg.suffixes, reset.seed, reset.h, reset.how)
+        suffix_requests.append(request)
     missing = cfg.prefixes - len(found)
     if missing == 0:
-        groups = yield suffixes
+        groups = yield suffix_requests
     else:
-        # A missing seed gives its slots back to the base group. With no seed this is plain GRPO.
+        # A missing seed, or one that localization dropped, gives its rollouts back to the base
+        # group. With no reset at all this is plain GRPO.
         counters["no_seed"] += missing
-        *groups, more = yield [*suffixes, task.request("base", missing * cfg.suffixes)]
+        *groups, more = yield [*suffix_requests, task.request("base", missing * cfg.suffixes)]
         base = base + more
+    # The buffer: all rollouts of this problem that are trained.
     buffer = task.in_group(0, base)
     for k, group in enumerate(groups, 1):
         buffer += task.in_group(k, group)
@@ -357,7 +362,7 @@ def find_seeds(task: Task, base: list[Rollout]) -> Generator:
 
 @dataclass
 class Reset:
-    """A reset state: the thoughts 1..h-1 of a seed, and how h was found."""
+    """A reset state: thoughts 1..h-1 of a seed. h is h*, Rollout.reset; how: how it was found."""
 
     seed: Rollout
     h: int
@@ -416,11 +421,14 @@ class Row:
 
 
 class Engine:
-    """What samples. `start` takes a request and gives a ticket; `finished` samples until requests
-    are complete, and gives their rollouts, ungraded."""
+    """What samples: `start` takes a request and returns a ticket, and `finished` does the sampling.
+
+    `finished` samples until at least one request is complete; it returns (ticket, rollouts), not
+    yet graded. A method whose body is `...` does nothing; an engine overrides those that it needs.
+    """
 
     streams = False  # can `finished` give some requests while others are still sampled?
-    share, shares = 0, 1  # it runs every `shares`-th program, beginning with number `share`
+    share, shares = 0, 1  # it runs programs share, share + shares, share + 2 shares, ...
     reports = True  # on one rank of each tensor-parallel group, whose engines run the same programs
     tickets = 0
 
@@ -451,7 +459,7 @@ class HFEngine(Engine):
 
     In a run of one CPU process it holds the trainer's own model, and `sync` has nothing to copy.
     Where the trainer's model is sharded it holds a copy on `device`, bf16 on a GPU. Randomness is
-    counter-based: token t of row i of a request uses uniform number t of the generator keyed
+    keyed: token t of row i of a request uses uniform number t of the generator keyed
     (rng_key, i), so a response does not depend on what else is in the batch, nor on the number of
     processes.
     """
@@ -468,7 +476,7 @@ class HFEngine(Engine):
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.pad = tokenizer.pad_token_id
         self.share, self.shares = rank(), processes()
-        self.queue: dict[int, Request] = {}
+        self.queue: dict[int, Request] = {}  # by ticket: started, not sampled yet
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self.has_copy:
@@ -482,7 +490,7 @@ class HFEngine(Engine):
         return ticket
 
     def finished(self) -> list[tuple[int, list[Rollout]]]:
-        """All that was started, the shortest contexts first, at most `max_rows` rows together."""
+        """Samples all requests, shortest contexts first; at most `max_rows` rows at once."""
         requests, self.queue = self.queue, {}
         answers = {ticket: [] for ticket in requests}
 
@@ -509,19 +517,19 @@ class HFEngine(Engine):
         for row, (_, i) in zip(rows, batch):
             rng = np.random.default_rng([row.request.rng_key, i])
             uniforms.append(rng.random(row.request.max_tokens))
-        live = list(range(len(rows)))  # live[j]: the row at place j of the decoding batch
+        active = list(range(len(rows)))  # for each place in the decoding batch: the row's number
         decoding = self.prefill(rows, [ticket for ticket, _ in batch])
         for t in count():
-            u = torch.tensor([uniforms[r][t] for r in live], dtype=torch.float64)
+            u = torch.tensor([uniforms[number][t] for number in active], dtype=torch.float64)
             tokens, logps = decoding.draw(u)
-            for r, token, logp in zip(live, tokens.tolist(), logps.tolist()):
-                rows[r].push(token, logp)
-            stay = [j for j, r in enumerate(live) if not rows[r].over]
-            if not stay:
+            for number, token, logp in zip(active, tokens.tolist(), logps.tolist()):
+                rows[number].push(token, logp)
+            places = [place for place, number in enumerate(active) if not rows[number].over]
+            if not places:
                 return [row.rollout() for row in rows]
-            if len(stay) < len(live):
-                live = [live[j] for j in stay]
-                tokens = decoding.keep(torch.tensor(stay, device=tokens.device), tokens)
+            if len(places) < len(active):
+                active = [active[place] for place in places]
+                tokens = decoding.keep(torch.tensor(places, device=tokens.device), tokens)
             decoding.step(self.model, tokens)
 
     def prefill(self, rows: list[Row], states: list[int]) -> "Decoding":
@@ -575,7 +583,7 @@ class Decoding:
         return draw(self.logits.float(), self.temperature, self.top_p, u)
 
     def keep(self, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Drops the rows at other places, and returns the tokens of the others."""
+        """Keeps only the rows at `places`; returns their tokens. `step` renews the logits."""
         self.cache.batch_select_indices(places)
         self.mask = self.mask[places]
         self.positions = self.positions[places]
@@ -609,7 +617,7 @@ def draw(logits, temperature, top_p, u) -> tuple[torch.Tensor, torch.Tensor]:
     kept = logps
     if (top_p < 1).any():
         sorted_p, order = logps.exp().sort(-1, descending=True)
-        # The smallest set that reaches top_p stays, its first token always.
+        # The smallest set that reaches top_p stays; the most probable token always does.
         beyond = sorted_p.cumsum(-1) - sorted_p >= top_p[:, None]
         dropped = torch.zeros_like(beyond).scatter(1, order, beyond)
         kept = logps.masked_fill(dropped, float("-inf"))
@@ -624,15 +632,16 @@ class VLLMEngine(Engine):
     """Samples with vLLM, in this process: paged KV cache, continuous batching, and a prefix cache
     that the n continuations of a state share.
 
-    It is stepped token by token: each row has the same `ThoughtTracker` as in `HFEngine` and is
-    stopped when that says so, without a round trip for each thought. Token ids go in and come out;
+    It is stepped token by token: each row has the same `ThoughtTracker` as in `HFEngine`, which
+    says when to stop the row, so a new thought needs no new request. Token ids go in and come out;
     vLLM decodes no text. Every request has its own random key. Under torchrun each process has an
     engine of its own, or `tp` neighbours share one by tensor parallelism and run the same programs
-    in step. Raises what vLLM raises where it cannot be built (FAULTS; see `make_engine`).
+    in lockstep. Raises one of FAULTS where vLLM cannot be built (see `make_engine`).
     """
 
     name = "vllm"
     streams = True
+    # What vLLM raises where it is missing, or does not fit the machine, the model or torch.
     FAULTS = (ImportError, OSError, RuntimeError, ValueError, AssertionError, AttributeError)
 
     def __init__(
@@ -664,7 +673,7 @@ class VLLMEngine(Engine):
         self.reports = rank() % tp == 0
         self.tied = model.config.get_text_config().tie_word_embeddings
         self.awake = True
-        self.under_way: dict[int, tuple[str, list[Row]]] = {}  # ticket: (vLLM's name, rows)
+        self.under_way: dict[int, tuple[str, list[Row]]] = {}  # by ticket: vLLM's id, rows
 
     def sampling_params(self, request: Request):
         from vllm import SamplingParams
@@ -686,10 +695,10 @@ class VLLMEngine(Engine):
     def start(self, request: Request) -> int:
         ticket = self.ticket()
         rows = [Row(request, self.vocabulary) for _ in range(request.n)]
-        context = {"prompt_token_ids": request.prompt_ids + request.prefix_ids}
+        state = {"prompt_token_ids": request.prompt_ids + request.prefix_ids}
         params = self.sampling_params(request)
-        name = self.llm.llm_engine.add_request(str(ticket), context, params)
-        self.under_way[ticket] = name, rows
+        vllm_id = self.llm.llm_engine.add_request(str(ticket), state, params)
+        self.under_way[ticket] = vllm_id, rows
         return ticket
 
     def finished(self) -> list[tuple[int, list[Rollout]]]:
@@ -699,7 +708,7 @@ class VLLMEngine(Engine):
         """
         complete = []
         while not complete:
-            stopped = []  # vLLM's names of rows that it is to stop
+            stopped = []  # vLLM's ids of the rows that it must stop
             for output in self.llm.llm_engine.step():
                 ticket = int(output.request_id)
                 stopped += self.take(ticket, output)
@@ -709,15 +718,15 @@ class VLLMEngine(Engine):
             self.llm.llm_engine.abort_request(stopped, internal=True)
         answers = []
         for ticket in complete:
-            name, rows = self.under_way.pop(ticket)
-            # vLLM still keeps something about a request whose rows were stopped.
-            self.llm.llm_engine.abort_request([name], internal=True)
+            vllm_id, rows = self.under_way.pop(ticket)
+            # vLLM still has an entry for a request whose rows were stopped.
+            self.llm.llm_engine.abort_request([vllm_id], internal=True)
             answers.append((ticket, [row.rollout() for row in rows]))
         return answers
 
     def take(self, ticket: int, output) -> list[str]:
-        """Takes the new tokens of a request; returns vLLM's names of rows to stop."""
-        name, rows = self.under_way[ticket]
+        """Takes the new tokens of a request; returns vLLM's ids of the rows to stop."""
+        vllm_id, rows = self.under_way[ticket]
         stopped = []
         for new in output.outputs:
             row = rows[new.index]
@@ -730,7 +739,8 @@ class VLLMEngine(Engine):
                     f"that is not over: {row.request}"
                 )
             if row.over and not new.finish_reason:
-                stopped.append(name if len(rows) == 1 else f"{new.index}_{name}")
+                # vLLM's id of one of several continuations: its number, then the request's id.
+                stopped.append(vllm_id if len(rows) == 1 else f"{new.index}_{vllm_id}")
         return stopped
 
     def sleep(self) -> None:
@@ -745,14 +755,17 @@ class VLLMEngine(Engine):
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if self.tied and not self.gpu:  # on a CPU the tied head keeps a packed copy of its own
-            self.llm.apply_model(
-                lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head)
-            )
+        if self.tied and not self.gpu:
+            self.llm.apply_model(pack_head)
         if not self.awake:
             self.llm.wake_up(tags=["kv_cache"])
             self.awake = True
         self.llm.reset_prefix_cache()
+
+
+def pack_head(model) -> None:
+    """Renews the packed copy that a tied head has on a CPU; vLLM packs it only when it loads."""
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 def vllm_settings(config, context: int, max_rows: int, memory: float) -> dict:
@@ -766,7 +779,7 @@ def vllm_settings(config, context: int, max_rows: int, memory: float) -> dict:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None)
     head_size = head_size or config.hidden_size // config.num_attention_heads
-    # bytes: key and value, float32, of every layer and token of every row
+    # 8 bytes: 2 (key, value) x 4 (float32), for each layer and token of each row
     cache = 8 * config.num_hidden_layers * heads * head_size * context * max_rows
     return {
         "dtype": "float32",  # with eager this agrees with transformers

@@ -17,13 +17,13 @@ for each of P prompts (1 to 5) and then for all of them (6, 7):
     python srpo.py --model Qwen/Qwen2.5-0.5B-Instruct --train_data a.jsonl --eval_data b.jsonl
     torchrun --nproc_per_node=8 srpo.py --model ...    # the same run on 8 GPUs (or CPU processes)
 
-With several processes each samples and grades its share of the prompts, gets the rollouts of all,
-and trains on its share of the rows. Parameters, gradients and optimizer state are sharded (FSDP2).
-Nothing in the algorithm depends on the number of processes.
+With several processes, each process samples and grades its share of the prompts, receives all
+rollouts, and trains on its share of the rows. Parameters, gradients and optimizer state are sharded
+(FSDP2). Nothing in the algorithm depends on the number of processes.
 
 Departures from the paper's settings: sampling at T = 1 and top_p = 1 (top_p below 1 biases the
 gradient, and warns), and full fine-tuning unless --lora_rank is given.
-Left out: training and sampling on different GPUs or at the same time (no longer on-policy).
+Left out: separate GPUs for sampling, and sampling while training (it would be off-policy).
 """
 
 import os
@@ -57,7 +57,7 @@ from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, set_advantages, weigh
 from rollout import Engine, Rollout, Task, make_engine, records_of
 
-# torch says so when one process saves a checkpoint, which is what we mean
+# torch warns when a single process saves a checkpoint; that is intended here
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 # ---------------------------------------------------------------------------------------- settings
@@ -76,7 +76,7 @@ class MethodSettings:
         "MODULE:FUNCTION or FILE.py:FUNCTION is a program of your own",
     )
     split: Literal["1x4", "2x4", "1x8"] = setting(
-        "1x4", "prefixes x suffixes of 8 trained rollouts a prompt; the rest is the base group"
+        "1x4", "prefixes x suffixes of 8 trained rollouts per prompt; the rest is the base group"
     )
     base: Optional[int] = setting(None, "size of the base group; unset: by --split, 8 for grpo")
     prefixes: Optional[int] = setting(None, "reset states of a prompt; unset: by --split")
@@ -90,7 +90,7 @@ class MethodSettings:
     localize_temperature: float = setting(0.3, "sampling temperature of localization")
     localize_tokens: int = setting(4096, "longest localization answer, tokens")
     oracle_samples: int = setting(8, "oracle: continuations of each prefix")
-    oracle_tau: float = setting(0.1, "oracle: h* is the first thought that loses more value")
+    oracle_tau: float = setting(0.1, "oracle: h* is the first thought to lose more value than this")
     seed_source: Literal["base", "fresh"] = setting(
         "base", "seeds are failures of the base group, which stay in it, or fresh draws"
     )
@@ -137,7 +137,7 @@ class SamplingSettings:
 @dataclass
 class TrainingSettings:
     _argument_group_name: ClassVar[str] = "training"
-    steps: int = setting(80, "gradient steps")
+    steps: int = setting(80, "training steps (one buffer each)")
     prompts_per_step: int = setting(32, "problems in a step")
     lr: Optional[float] = setting(
         None, "learning rate; unset: 5e-4 for the embedded policy, 5e-5 with LoRA, else 1e-6"
@@ -157,9 +157,9 @@ class LoggingSettings:
     eval_problems: int = setting(256, "held-out problems that are used, at most")
     eval_samples: int = setting(2, "responses to each held-out problem")
     save_every: int = setting(20, "steps between checkpoints; the last two are kept")
-    rollouts_every: int = setting(10, "steps between those in rollouts.jsonl; 0: none")
+    rollouts_every: int = setting(10, "save rollouts of every n-th step, from the first; 0: none")
     out_dir: Optional[str] = setting(None, "run directory; unset: a new one under runs/")
-    resume: Optional[str] = setting(None, "run directory to go on with, and its settings")
+    resume: Optional[str] = setting(None, "run directory to go on with; its settings are used")
 
 
 GROUPS = (MethodSettings, DataSettings, SamplingSettings, TrainingSettings, LoggingSettings)
@@ -171,6 +171,11 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "base prefixes suffixes max_seed_draws eval_every rollouts_every seed clip off_policy_shape "
     "localize_temperature lora_rank"
+).split()
+# Not in a run's name: method and split (it shows them), the seed, and what changes no step.
+UNNAMED = (
+    "method split seed steps out_dir resume engine engine_memory tp grad_checkpointing micro_batch "
+    "chunk max_rows eval_every save_every rollouts_every"
 ).split()
 
 
@@ -213,8 +218,7 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
             raise UserError(f"--suffixes must be at least 2, not {self.suffixes}: it is a group")
         if self.base + self.prefixes * self.suffixes < 2:
             raise UserError(
-                "a prompt needs at least 2 trained rollouts; "
-                "raise --base, or --prefixes and --suffixes"
+                "a prompt needs at least 2 trained rollouts; raise --base or --prefixes"
             )
         if self.method == "rrpo" and self.localizer != "random":
             raise UserError(
@@ -236,28 +240,18 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
             )
 
     def name(self) -> str:
-        """The method and every setting that differs from its default: `srpo 1x4 clip=0.2`.
-
-        Left out: the seed, and what does not change what is computed.
-        """
+        """The method and every setting that differs from its default: `srpo 1x4 clip=0.2`."""
         parts = [self.method]
         if self.prefixes:
             parts.append(f"{self.prefixes}x{self.suffixes}")
-        usual = Config(
-            method=self.method, split=self.split, model=self.model, lora_rank=self.lora_rank
-        ).resolve()
-        usual.model, usual.lora_rank = Config.model, Config.lora_rank
+        usual = Config(method=self.method, split=self.split).resolve()
+        usual.lr = self.usual_lr()  # the default for this model and this lora_rank
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in UNNAMED and value != getattr(usual, f.name):
                 parts.append(f"{f.name}={value}")
         return " ".join(parts)
 
-
-UNNAMED = (
-    "method split seed steps out_dir resume engine engine_memory tp grad_checkpointing micro_batch "
-    "chunk max_rows eval_every save_every rollouts_every"
-).split()
 
 # ---------------------------------------------------------------------------------------- training
 
@@ -266,7 +260,8 @@ def train(cfg: Config) -> dict:
     """Runs cfg.steps steps. Returns {"before": pass rate, "after": pass rate, "out_dir": path}."""
     start_time = time.time()
     run = set_up(cfg)
-    stop, stopping = parallel.StopRequest(), False
+    stop = parallel.StopRequest()
+    stopping = False
     bar = progress_bar(run)
     for step in bar:
         clock = Clock()
@@ -289,7 +284,9 @@ def train(cfg: Config) -> dict:
         run.progress.total_tokens += sum(rollout.generated for rollout in sampled.generated)
         line = {"step": step + 1, "total_tokens": run.progress.total_tokens}
         line |= step_metrics(rollouts, sampled.generated, tasks)
-        line |= update_metrics(update) | {"counters": dict(counters)} | clock.metrics()
+        line |= update_metrics(update)
+        line["counters"] = dict(counters)
+        line |= clock.metrics()
         if cfg.rollouts_every and step % cfg.rollouts_every == 0 and rank() == 0:
             records = records_of(step + 1, sampled.generated, tasks)
             runs.append(run.out_dir / "rollouts.jsonl", records)
@@ -299,7 +296,7 @@ def train(cfg: Config) -> dict:
             break
     bar.close()
     stop.restore()
-    say_goodbye(run, stopping, time.time() - start_time)
+    print_result(run, stopping, time.time() - start_time)
     return {"before": run.progress.before, "after": run.after, "out_dir": str(run.out_dir)}
 
 
@@ -319,8 +316,8 @@ def tasks_of_step(run: "Training", step: int) -> list[Task]:
     """The tasks of one step: one for each of its prompts."""
     n = run.cfg.prompts_per_step
     tasks = []
-    for slot, position in enumerate(range(step * n, (step + 1) * n)):
-        place = data_order(len(run.train_set.problems), position, run.cfg.seed)
+    for slot in range(n):
+        place = data_order(len(run.train_set.problems), step * n + slot, run.cfg.seed)
         tasks.append(run.train_set.task(run, place, step + 1, slot))
     return tasks
 
@@ -337,7 +334,7 @@ def permutation(n_problems: int, run_seed: int, epoch: int) -> np.ndarray:
 
 
 def update_policy(run: "Training", rollouts: list[Rollout], clock: "Clock") -> Update | None:
-    """Paper steps 6 and 7, and the new weights to the engine. None: no group has variance."""
+    """Paper steps 6 and 7, and the new weights to the engine. None: all groups are flat."""
     cfg = run.cfg
     # Only rollouts with some weight are run. A fork with an entropy bonus or a KL term keeps all.
     items = [item for item in weigh(rollouts, cfg) if any(item.weights)]
@@ -345,21 +342,21 @@ def update_policy(run: "Training", rollouts: list[Rollout], clock: "Clock") -> U
         counters["no_update"] += 1
         return None
     run.engine.sleep()
-    for _ in range(cfg.updates):
+    for _ in range(cfg.updates):  # the step line reports the last one
         run.optimizer.zero_grad(set_to_none=True)
         pad_id = run.tokenizer.pad_token_id
-        mine = backward(run.model, items, pad_id, cfg, run.device, rank(), processes())
+        my_sums = backward(run.model, items, pad_id, cfg, run.device, rank(), processes())
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
         grad_norm = parallel.whole(norm).item()
         if not np.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the gradient of step {run.progress.step + 1} is not finite; "
-                "the last checkpoint is whole"
+                "resume from the last checkpoint"
             )
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     sums = Sums()
-    for part in gather(mine):
+    for part in gather(my_sums):
         sums.add(part)
     clock.lap("train")
     run.engine.sync(whole_weights(run.model))
@@ -368,6 +365,7 @@ def update_policy(run: "Training", rollouts: list[Rollout], clock: "Clock") -> U
 
 
 def held_out_pass_rate(run: "Training") -> float:
+    """At training's temperature. Always as step 0: all evaluations use the same random numbers."""
     tasks = [run.eval_set.task(run, i, 0, i) for i in range(len(run.eval_set.problems))]
     return evaluate(tasks, run.engine, run.cfg.eval_samples).pass_rate
 
@@ -383,8 +381,7 @@ class ProblemSet:
     prompts: list[list[int]]
 
     def task(self, run: "Training", place: int, step: int, slot: int) -> Task:
-        """The task of the problem at `place`. Its randomness is keyed by (seed, step, slot), so
-        nothing depends on order, batches or restarts."""
+        """The task of the problem at `place`. (seed, step, slot) alone fix its random numbers."""
         return Task(
             problem=self.problems[place],
             prompt_ids=self.prompts[place],
@@ -414,7 +411,7 @@ class Training:
     out_dir: Path
     progress: runs.Progress = field(default_factory=runs.Progress)
     after: float | None = None  # the last held-out pass rate
-    starved: int = 0  # steps in a row in which no group has variance
+    flat_steps: int = 0  # steps in a row whose groups were all flat: no variance, no update
 
 
 def set_up(cfg: Config) -> Training:
@@ -436,15 +433,15 @@ def set_up(cfg: Config) -> Training:
     train_prompts = policies.encode_all(tokenizer, train_problems, context, cfg.train_data)
     eval_prompts = policies.encode_all(tokenizer, eval_problems, context, cfg.eval_data)
     n_parameters = sum(p.numel() for p in model.parameters())
-    copy_on = device if sharded else None
-    limits = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_on)
-    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **limits)
+    copy_device = device if sharded else None
+    settings = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_device)
+    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **settings)
     if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
         raise UserError(
             "--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not "
             "give; use --engine hf or --top_p 1"
         )
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # LoRA adapters start at random
     prepare(model, cfg, device, sharded)
     trained = [p for p in model.parameters() if p.requires_grad]
     run = Training(
@@ -467,7 +464,7 @@ def set_up(cfg: Config) -> Training:
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems). Raises UserError where the run cannot use them."""
     train_problems = load_problems(cfg.train_data, seed=cfg.seed)
-    # Another seed: generated held-out problems are never those of the training.
+    # Another seed: generated held-out problems are never those of training.
     eval_problems = load_problems(cfg.eval_data, seed=10**6 + cfg.seed)[: cfg.eval_problems]
     check_localizer(cfg.localizer, train_problems, cfg.train_data)
     isolation = check_machine(train_problems + eval_problems)
@@ -497,7 +494,7 @@ def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
 
 
 def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> None:
-    """Goes back to the last checkpoint, or measures the policy before training."""
+    """Writes config.json (or loads the last checkpoint), prints the header, measures the policy."""
     cfg = run.cfg
     if last_checkpoint:
         run.progress = runs.load_checkpoint(last_checkpoint, run.model, run.optimizer)
@@ -524,7 +521,7 @@ def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> Non
 
 
 def evaluate_log_and_save(run: Training, bar: tqdm, line: dict, last: bool) -> None:
-    """Ends a step. last: it is the last one of this run, which is evaluated and saved."""
+    """Ends a step. last: it is the last one of this run, and is always evaluated and saved."""
     cfg, step = run.cfg, run.progress.step
     warn(run, bar, line)
     tokens = f"{run.progress.total_tokens / 1e6:.2f} M tokens"
@@ -550,35 +547,33 @@ def say(bar: tqdm, text: str) -> None:
 
 
 def warn(run: Training, bar: tqdm, line: dict) -> None:
-    """Says what keeps a run from learning."""
-    run.starved = 0 if line["trained_tokens"] else run.starved + 1
-    if run.starved and run.starved % 5 == 0:
+    """Prints a warning if something keeps the run from learning."""
+    run.flat_steps = 0 if line["trained_tokens"] else run.flat_steps + 1
+    if run.flat_steps and run.flat_steps % 5 == 0:
         text = "warning: no group had variance for {} steps: all rewards are alike. {}"
-        say(bar, text.format(run.starved, "Use easier problems or a better policy."))
+        say(bar, text.format(run.flat_steps, "Use easier problems or a better policy."))
     if line["step"] == 1 and run.cfg.prefixes and line["thoughts"] < 1.5:
         text = "warning: {:.1f} thoughts a response: the policy hardly writes {}, {}"
         advice = "so a reset starts over. See README, Your own model."
         say(bar, text.format(line["thoughts"], DELIMITER, advice))
 
 
-def say_goodbye(run: Training, stopped: bool, seconds: float) -> None:
+def print_result(run: Training, stopped: bool, seconds: float) -> None:
     if rank() > 0:
         return
+    progress = run.progress
     if stopped:
-        print(
-            f"stopped after step {run.progress.step}; "
-            f"go on with: {command()} --resume {run.out_dir}"
-        )
+        print(f"stopped after step {progress.step}; go on with: {command()} --resume {run.out_dir}")
     print(
-        f"held-out pass rate {run.progress.before:.3f} -> {run.after:.3f} in "
-        f"{run.progress.total_tokens / 1e6:.2f} M generated tokens and {seconds:.0f} s"
+        f"held-out pass rate {progress.before:.3f} -> {run.after:.3f} in "
+        f"{progress.total_tokens / 1e6:.2f} M generated tokens and {seconds:.0f} s"
     )
     print(f"run directory: {run.out_dir}  (curve.png, metrics.jsonl, rollouts.jsonl, checkpoints/)")
 
 
 # ------------------------------------------------------------------------------------- command line
 
-# On --resume these may change: what is computed stays the same, up to rounding.
+# On --resume these may change: what a step computes stays the same, up to rounding.
 MAY_CHANGE = (
     "steps resume eval_every save_every rollouts_every "
     "micro_batch chunk max_rows engine_memory grad_checkpointing"
@@ -586,7 +581,7 @@ MAY_CHANGE = (
 
 
 class Help(ArgumentDefaultsHelpFormatter):
-    """Prints a default once; a setting that is unset by default says itself what that means."""
+    """Prints a default once; where the default is unset, the help text says what that means."""
 
     def _get_help_string(self, action):
         if action.option_strings[0].startswith("--no_"):
@@ -595,7 +590,7 @@ class Help(ArgumentDefaultsHelpFormatter):
 
 
 def parse(argv: list[str]) -> Config:
-    """Config from the command line; with --resume it is the run's, and other flags must agree."""
+    """Config from the command line. With --resume it is the saved one; other flags must agree."""
     parser = HfArgumentParser(
         GROUPS,
         description="Trains a policy with SRPO, RRPO or GRPO. See README.md.",
@@ -624,7 +619,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def saved_config(out_dir: Path) -> Config:
-    """The settings of a run. One that it does not know yet has its default, and that is said."""
+    """The settings of a saved run. Settings that it lacks get their defaults; a line names them."""
     saved = runs.read_settings(out_dir)
     if "method" not in saved:
         raise UserError(f"--resume {out_dir}: no run of this program is there (no method)")
@@ -658,7 +653,7 @@ def main(argv: list[str]) -> None:
         train(parse(argv))
     except UserError as fault:
         if rank() > 0:
-            # Where all processes fail alike, rank 0's line is enough: torchrun ends us meanwhile.
+            # The others wait: torchrun usually ends them before they print the same line.
             time.sleep(5)
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)

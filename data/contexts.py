@@ -1,12 +1,12 @@
-"""Speed (skip on a first reading): what rollouts of a group have in common is run once.
+"""Speed (skip on a first reading): the model runs a context that rollouts share only once.
 
 The rollouts of a base group share their prompt, those of a suffix group their reset state.
 `loss.py` can run each row whole (`hidden_of_rows`, the plain way). This file gives the same hidden
-states, but runs each distinct context once, and the gradient goes back to it through its keys and
-values. Measured: GAIN
+states, but runs each distinct context once; the gradient reaches it through its keys and values.
+Measured: GAIN
 
-Left out: layers that keep something else than keys and values (state spaces, also where they stand
-beside attention): there `loss.py` runs whole rows.
+Left out: state-space and hybrid models, whose layers keep more than keys and values. There loss.py
+runs whole rows.
 """
 
 import torch
@@ -21,7 +21,7 @@ def can_share(model) -> bool:
 
 
 def hidden_of_shared_contexts(model, batch) -> torch.Tensor:
-    """Hidden states [B, L, D] before each token of a loss.Batch, each context run once."""
+    """Hidden states [B, L, D] before each token. batch: a loss.Batch (loss.py is a layer above)."""
     W = batch.contexts.shape[1]
     layers = [ContextLayer() for _ in DynamicCache(config=model.config).layers]
     context = model.base_model(
@@ -49,7 +49,7 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 class ContextLayer(DynamicLayer):
     """Keys and values of the contexts in one layer.
 
-    transformers' own layer would grow when it is run again in the backward (--grad_checkpointing).
+    --grad_checkpointing runs a layer twice: transformers' own would then append the keys again.
     """
 
     def update(self, keys, values, *args, **kwargs):
@@ -58,7 +58,7 @@ class ContextLayer(DynamicLayer):
 
 
 class RowLayer(DynamicLayer):
-    """The same for the rows: reads the keys and values of each row's context, keeps none."""
+    """One layer for the rows: puts the keys and values of each row's context before its own."""
 
     def __init__(self, context: ContextLayer, context_of: torch.Tensor):
         super().__init__()

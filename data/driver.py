@@ -2,9 +2,8 @@
 
 A program is a generator: it yields a list of requests, is sent a list of n graded rollouts for
 each, and returns what it likes (rollout.py). Everything that the programs wait for goes to one
-engine. With an engine that streams (vLLM) each program goes on as soon as its own answers are
-there; else all go on together, so that the next batch is large. Slow graders run in threads, beside
-the sampling.
+engine. With vLLM, which streams, a program goes on as soon as its own answers are there; with hf
+all go on together, so that the next batch is large. Slow graders run in threads, beside sampling.
 
 Left out: several engines in one process.
 
@@ -29,11 +28,11 @@ class Sampled:
 
     results: list  # each program's return value
     generated: list  # every rollout that was sampled, by program
-    seconds: Counter  # by purpose, for "grade", and for "wait": until the slowest process was done
+    seconds: Counter  # of this process, by purpose; also "grade" and "wait" (for other processes)
 
 
 def run_programs(programs: list[Generator], engine) -> Sampled:
-    """Runs all programs together: each goes on as soon as what it waits for has been sampled.
+    """Runs all programs together, and gives each the rollouts that it asks for.
 
     With several processes each runs its engine's share of the programs; all get the results of all.
     Seconds of sampling are divided between purposes by generated tokens.
@@ -44,19 +43,19 @@ def run_programs(programs: list[Generator], engine) -> Sampled:
         driver.start(i, programs[i])
     while driver.in_flight:
         driver.sample()
-        driver.answer()
+        driver.deliver()
     seconds = driver.seconds_by_purpose()
     start = perf_counter()
     mine = Share(driver.results, driver.generated, counters - counted_before)
-    merged = merge(gather(mine if engine.reports else Share()))
+    merged = merge(gather(mine if engine.reports else Share()))  # --tp: one process of each engine
     seconds["wait"] = perf_counter() - start
-    counters.clear()
+    counters.clear()  # then every process counts what all of them counted
     counters.update(counted_before + merged.counted)
-    order = range(len(programs))
-    generated = []
-    for i in order:
+    results, generated = [], []
+    for i in range(len(programs)):
+        results.append(merged.results[i])
         generated += merged.generated[i]
-    return Sampled([merged.results[i] for i in order], generated, seconds)
+    return Sampled(results, generated, seconds)
 
 
 @dataclass
@@ -79,7 +78,7 @@ def merge(shares: list[Share]) -> Share:
 
 @dataclass
 class InFlight:
-    """A request that has been given to the engine: number `place` of what program i waits for."""
+    """A request that the engine has: request number `place` of those that program `i` waits for."""
 
     i: int
     place: int
@@ -100,8 +99,8 @@ class Driver:
         self.programs: dict[int, Generator] = {}
         self.results: dict[int, object] = {}  # by program
         self.generated: dict[int, list] = {}  # by program
-        self.waiting: dict[int, list] = {}  # by program: the answer to each request, None: not yet
-        self.in_flight: dict[int, InFlight] = {}  # by ticket of the engine
+        self.waiting: dict[int, list] = {}  # by program: for each request its rollouts, or None yet
+        self.in_flight: dict[int, InFlight] = {}  # by ticket: sampled or graded now
         self.seconds = Counter()
         self.tokens = Counter()  # generated, by purpose
 
@@ -113,7 +112,7 @@ class Driver:
     def advance(self, i: int, answers: list | None) -> None:
         """Sends program i its answers, and gives the engine what it asks for next."""
         answered = True
-        while answered:  # goes on at once if there is nothing to sample
+        while answered:  # again if no request has to be sampled
             try:
                 requests = self.programs[i].send(answers)
             except StopIteration as end:
@@ -129,7 +128,7 @@ class Driver:
                 self.in_flight[self.engine.start(request)] = InFlight(i, place, request)
 
     def sample(self) -> None:
-        """Lets the engine complete some requests, and grades them; waits if only graders work."""
+        """Samples some requests to their end and grades them; waits if only graders still work."""
         start = perf_counter()
         finished = []
         if any(flight.rollouts is None for flight in self.in_flight.values()):
@@ -140,17 +139,18 @@ class Driver:
             flight.rollouts = rollouts
             self.tokens[flight.request.purpose] += sum(r.generated for r in rollouts)
             grade(flight)
+        all_sampled = all(flight.rollouts is not None for flight in self.in_flight.values())
+        none_graded = not any(flight.graded for flight in self.in_flight.values())
         if not self.engine.streams:
             # The next batch is larger if all of these problems go on together.
             wait_for(self.in_flight.values(), ALL_COMPLETED)
-        elif all(flight.rollouts is not None for flight in self.in_flight.values()):
-            if not any(flight.graded for flight in self.in_flight.values()):
-                wait_for(self.in_flight.values(), FIRST_COMPLETED)
+        elif all_sampled and none_graded:
+            wait_for(self.in_flight.values(), FIRST_COMPLETED)
         self.seconds["sample"] += sampled - start
         self.seconds["grade"] += perf_counter() - sampled
 
-    def answer(self) -> None:
-        """Hands graded rollouts over to the programs that have all that they wait for."""
+    def deliver(self) -> None:
+        """Sends graded rollouts to each program whose requests are all answered."""
         for ticket in [ticket for ticket, flight in self.in_flight.items() if flight.graded]:
             flight = self.in_flight.pop(ticket)
             for rollout, reward in zip(flight.rollouts, flight.rewards):

@@ -1,6 +1,6 @@
-"""The numbers of a step line that come from the records: pass rates, variance, resets, costs.
+"""The numbers of a step line: pass rates, flat groups, resets, costs, the loss, seconds.
 
-srpo.py adds what only it knows (loss, seconds, counters) and writes the line to metrics.jsonl.
+srpo.py joins them with the step number and the counters, and writes the line to metrics.jsonl.
 Rates are in [0, 1], tokens are counts, and None says that there was nothing to measure.
 
 Left out: statistics over steps or seeds; see data/curves.py.
@@ -32,8 +32,8 @@ class Sums:
 
     def add(self, other: "Sums") -> None:
         for f in fields(self):
-            mine, its = getattr(self, f.name), getattr(other, f.name)
-            setattr(self, f.name, max(mine, its) if f.name == "gap_max" else mine + its)
+            values = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, max(values) if f.name == "gap_max" else sum(values))
 
 
 def sums_of(loss, logps, entropies, batch) -> Sums:
@@ -62,10 +62,10 @@ class Update:
 
 
 def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[Task]) -> dict:
-    """What can be read from the records of one step, whatever groups and purposes a method has."""
-    base_groups, suffix_groups = [], []
-    for members in grouped(rollouts).values():
-        (suffix_groups if is_reset(members) else base_groups).append(members)
+    """What the rollouts of one step tell, for any method. rollouts: trained; generated: all."""
+    groups = grouped(rollouts).values()
+    base_groups = [members for members in groups if not is_reset(members)]
+    suffix_groups = [members for members in groups if is_reset(members)]
     base = [r for r in chain(*base_groups) if r.seed is None]  # sampled from the prompt
     tokens = Counter(dict.fromkeys(PURPOSES, 0))
     for rollout in generated:
@@ -95,31 +95,30 @@ def is_reset(members: list[Rollout]) -> bool:
 
 
 def reset_metrics(suffix_groups: list[list[Rollout]], tasks: list[Task]) -> dict:
-    """Where the resets of a step are. Truth is measured where the task has a step checker; training
-    never sees it. A prefix is clean if no wrong thought is left in it: h* is at or before the
-    truth."""
+    """Where a step resets. A step checker tells how often rightly; training never sees this."""
+    # A prefix is clean if h* is at or before the truth: it holds no wrong thought.
     exact, clean_groups, erroneous_groups = [], [], []
     for members in suffix_groups:
         first = members[0]
-        truth = tasks[first.group[0]].first_wrong(first.seed)
+        truth = tasks[first.group[0]].first_wrong(first.seed)  # a slot is a place in `tasks`
         if truth is None:
             continue
         exact.append(first.reset == truth)
-        (clean_groups if first.reset <= truth else erroneous_groups).append(members)
+        judged_groups = clean_groups if first.reset <= truth else erroneous_groups
+        judged_groups.append(members)
     firsts = [members[0] for members in suffix_groups]
-    n_clean, n_judged = len(clean_groups), len(exact)
     return {
         "pass_suffix_clean": mean_reward(clean_groups),
         "pass_suffix_erroneous": mean_reward(erroneous_groups),
         "reset_depth": mean([r.reset / len(r.seed.thought_ends) for r in firsts]),  # h* / H
         "localized": dict(Counter(r.localized for r in firsts)),
         "localized_exact": mean(exact),
-        "localized_clean": n_clean / n_judged if n_judged else None,
+        "localized_clean": len(clean_groups) / len(exact) if exact else None,
     }
 
 
 def update_metrics(update: Update | None) -> dict:
-    """What the gradient step reports: means over its trained tokens, nats; None without one."""
+    """What the gradient step reports; None without one. Entropy and gaps are means, in nats."""
     if update is None:
         names = ("loss", "entropy", "grad_norm", "gap", "gap_prefix", "gap_max")
         return {"trained_tokens": 0, "off_policy_tokens": 0} | dict.fromkeys(names)
@@ -147,7 +146,7 @@ def mean_reward(groups: list[list[Rollout]]) -> float | None:
 
 
 def share_of_flat(groups: list[list[Rollout]]) -> float | None:
-    """Share of groups that teach nothing: all their advantages are zero."""
+    """Share of flat groups, which teach nothing: all their advantages are zero."""
     return mean([is_flat(members) for members in groups])
 
 
@@ -163,7 +162,7 @@ class Clock:
         self.at = perf_counter()
 
     def add(self, seconds: Counter) -> None:
-        """Takes the seconds of phases that were timed elsewhere."""
+        """Adds the seconds of phases that were timed elsewhere; a new lap starts."""
         self.seconds.update(seconds)
         self.at = perf_counter()
 
@@ -174,7 +173,7 @@ class Clock:
         self.at = now
 
     def metrics(self) -> dict:
-        """Seconds by phase, and on a GPU the most memory that this process's trainer had so far."""
+        """Seconds by phase, and the peak GPU memory of this process so far (torch's, in GB)."""
         metrics = {"seconds": {phase: round(s, 4) for phase, s in self.seconds.items()}}
         if torch.cuda.is_available():
             metrics["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -5,17 +5,16 @@
     rollouts.jsonl   every rollout of every --rollouts_every'th step
     curve.png        pass rates so far
     checkpoints/step_N/
-        *            the policy in Hugging Face layout: adapters merged, bf16 on a GPU
-        state/       what training goes on from: trained parameters and optimizer
-                     (torch.distributed.checkpoint: any number of processes can read it)
-        trainer.json where the run was (Progress)
-        manifest.json  SHA-256 of every file
+        *              the policy in Hugging Face layout: adapters merged, bf16 on a GPU
+        state/         what training goes on from: trained parameters and optimizer
+                       (torch.distributed.checkpoint: any number of processes can read it)
+        trainer.json   where the run was (Progress)
+        manifest.json  SHA-256 of every other file
 
-A checkpoint is written beside its place and then renamed, so a kill leaves the last whole one. The
-last two are kept. Resuming drops the lines of later steps: those steps are done again, with the
-same result.
+A checkpoint is written to a temporary folder, then renamed: a kill never damages a finished one.
+The last two are kept. Resuming drops later lines; those steps are done again, with equal results.
 
-Left out: other trackers (wandb, tensorboard): metrics.jsonl is one JSON object a line.
+Left out: trackers such as wandb or tensorboard. metrics.jsonl has one JSON object per line.
 
 Try it alone:  python -m data.runs runs/RUN    # the last step line of a run
 """
@@ -46,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def check_new(out_dir: Path) -> None:
-    """Raises UserError if a new run cannot be written there. Leaves nothing behind."""
+    """Raises UserError if no new run can be written there. Leaves at most empty parent folders."""
     if (out_dir / "config.json").exists():
         raise UserError(
             f"{out_dir} already holds a run; go on with --resume {out_dir}, "
@@ -54,7 +53,7 @@ def check_new(out_dir: Path) -> None:
         )
     if out_dir.exists():
         return
-    try:  # better known now than after the model has been loaded
+    try:  # now, before the model is loaded
         out_dir.mkdir(parents=True)
         out_dir.rmdir()
     except OSError as fault:
@@ -74,7 +73,7 @@ def start(out_dir: Path, settings: dict) -> None:
 
 
 def append(path: Path, records: list[dict]) -> None:
-    """Adds records to a JSON-lines file, one object a line."""
+    """Adds records to a JSON-lines file, one object per line."""
     with path.open("a", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record) + "\n")
@@ -136,7 +135,7 @@ def digest(path: Path) -> str:
 
 
 def training_state(model, optimizer) -> dict:
-    """Trained parameters and optimizer state by parameter name; sharded where the model is."""
+    """Trained parameters and optimizer state, by name; sharded where the model is sharded."""
     options = StateDictOptions(ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
@@ -151,7 +150,7 @@ def load_checkpoint(checkpoint: Path, model, optimizer) -> Progress:
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
-        options=StateDictOptions(ignore_frozen_params=True, strict=False),  # those are not in it
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),  # frozen: not saved
     )
     return Progress(**json.loads((checkpoint / "trainer.json").read_text()))
 
@@ -200,12 +199,12 @@ def read_settings(out_dir: Path) -> dict:
 
 
 def rewind(out_dir: Path, checkpoint: Path | None) -> float | None:
-    """Drops what was logged after the checkpoint. Returns the last held-out pass rate, if any."""
-    last_step = step_of(checkpoint) if checkpoint else -1
+    """Drops later lines and unfinished checkpoints. Returns the last held-out pass rate, if any."""
+    last_step = step_of(checkpoint) if checkpoint else -1  # -1: drops every line, step 0 too
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         drop_later_lines(out_dir / name, last_step)
-    for rest in (out_dir / "checkpoints").glob("tmp-*"):
-        shutil.rmtree(rest)
+    for unfinished in (out_dir / "checkpoints").glob("tmp-*"):
+        shutil.rmtree(unfinished)
     if checkpoint is None:
         return None
     measured = [line for line in read_run(out_dir).lines if "eval_pass_rate" in line]
@@ -231,7 +230,7 @@ def drop_later_lines(path: Path, last_step: int) -> None:
 
 @dataclass
 class Run:
-    """A run that is read. config: its settings; lines: its step lines."""
+    """A run as read from its folder. config: its settings; lines: its step lines."""
 
     folder: Path
     config: dict
@@ -239,7 +238,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Each line also gets trained_total (tokens) and seconds_total (without evaluations) up to it.
+    """Reads a run. Adds running totals: trained_total (tokens), seconds_total (no evaluations).
 
     Raises UserError if the folder is no run directory.
     """
@@ -260,12 +259,13 @@ def read_run(folder: Path) -> Run:
 def name_of(run: Run) -> str:
     """What tells a run apart from others, without its seed: `srpo 1x4 localizer=verifier`.
 
-    srpo.py writes it. An older run has none: it keeps its folder's name, and is pooled with no
-    other.
+    Written by srpo.py. An older run has none, and shares its curve with no other run.
     """
     return run.config.get("name") or f"{run.config['method']} in {run.folder.resolve()}"
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m data.runs RUN_DIR")
     run = read_run(Path(sys.argv[1]))
     print(name_of(run), json.dumps(run.lines[-1], indent=1))

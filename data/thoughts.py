@@ -1,13 +1,11 @@
 """Thought boundaries: where a sampled response is cut into thoughts, and when it is over.
 
 State is token ids, but a delimiter is text: it may be several tokens, start or end inside a token,
-or merge with what follows. So boundaries are found in decoded text and mapped back to token
-positions. Both engines of rollout.py use this one logic.
+or merge with what follows. So both engines find ends in text and map them to token positions.
 
-Left out: cutting at line breaks or sentences. Change DELIMITER in data/verifiers.py for another
-mark.
+Left out: cutting at line breaks or sentences. The mark is DELIMITER in data/verifiers.py.
 
-Try it alone:  python -m data.thoughts    # cuts a response of the embedded policy's vocabulary
+Try it alone:  python -m data.thoughts    # cuts a sample response into thoughts
 """
 
 from data.verifiers import DELIMITER, last_boxed
@@ -19,13 +17,15 @@ class Vocabulary:
     def __init__(self, tokenizer, eos: set[int] = frozenset(), delimiter: str = DELIMITER):
         self.tokenizer = tokenizer
         self.delimiter = delimiter
-        self.eos = set(eos) | ({tokenizer.eos_token_id} - {None})
-        # Text is searched only after one of these tokens. A token that is a part of a character
-        # decodes to U+FFFD alone: it may complete a delimiter that does not end in ASCII.
+        self.eos = set(eos)
+        if tokenizer.eos_token_id is not None:
+            self.eos.add(tokenizer.eos_token_id)
+        # closers: only after one of these tokens the text is searched for a delimiter. A token with
+        # a part of a character decodes to U+FFFD; it may end a delimiter that is not ASCII.
         pieces = {token: self.decode([token]) for token in tokenizer.get_vocab().values()}
-        ends = (delimiter[-1], "\N{REPLACEMENT CHARACTER}")
-        self.closers = {token for token, text in pieces.items() if any(map(text.count, ends))}
-        self.braces = {token for token, text in pieces.items() if "}" in text}
+        partial = "\N{REPLACEMENT CHARACTER}"
+        self.closers = {t for t, text in pieces.items() if delimiter[-1] in text or partial in text}
+        self.braces = {t for t, text in pieces.items() if "}" in text}
 
     def decode(self, ids: list[int]) -> str:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
@@ -47,8 +47,8 @@ class ThoughtTracker:
         self.ids = list(request.prefix_ids)
         self.thought_ends = list(request.prefix_ends)
         self.finish: str | None = None  # answer | eos | thoughts | length
-        self.brace = False  # was there a "}" in this thought? Only then is it searched for a box
-        # A token holds at least one byte, so this many tokens hold a whole delimiter.
+        self.brace = False  # a "}" in this thought? Only then is the response searched for a box
+        # A token has at least one byte: these tokens hold a delimiter, and the token before it.
         self.window = len(vocabulary.delimiter.encode()) + 1
 
     def push(self, token: int) -> None:
@@ -75,6 +75,7 @@ class ThoughtTracker:
         return len(self.ids) - self.last_end() >= self.request.max_tokens_per_thought
 
     def completes_delimiter(self) -> bool:
+        """Whether the newest token completes a delimiter."""
         recent = self.ids[-self.window :]
         delimiter = self.vocabulary.delimiter
         before = self.vocabulary.decode(recent[:-1]).count(delimiter)
@@ -82,7 +83,7 @@ class ThoughtTracker:
 
     def end_thought(self) -> None:
         self.thought_ends.append(len(self.ids))
-        # An empty box repeats the instruction and is no answer.
+        # An empty `\boxed{}`, copied from the instruction, is no answer.
         if self.brace and last_boxed(self.vocabulary.decode(self.ids)):
             self.finish = "answer"
         elif len(self.thought_ends) >= self.request.max_thoughts:
@@ -96,11 +97,10 @@ def demo() -> None:
     from data.policies import load_policy
 
     _, tokenizer = load_policy("embedded")
-    ids = tokenizer(r"1: +7 = 48 </thought> 2: *3 = 47 </thought> \boxed{ 47 } </thought>")[
-        "input_ids"
-    ]
-    limits = dict(prefix_ids=[], prefix_ends=[], max_thoughts=20)
-    request = SimpleNamespace(max_tokens_per_thought=256, max_tokens=999, **limits)
+    text = r"1: +7 = 48 </thought> 2: *3 = 47 </thought> \boxed{ 47 } </thought>"
+    ids = tokenizer(text)["input_ids"]
+    request = SimpleNamespace(prefix_ids=[], prefix_ends=[], max_tokens=999)
+    request.max_thoughts, request.max_tokens_per_thought = 20, 256
     tracker = ThoughtTracker(Vocabulary(tokenizer), request)
     for token in ids:
         tracker.push(token)
