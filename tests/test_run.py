@@ -643,6 +643,7 @@ def suffix_of(task, seed, reset, reward):
         thought_ends=seed.thought_ends,
         finish="answer",
         prefix_len=len(seed.prefix(reset)),
+        advantages=[0.0] * len(seed.thought_ends),
         reward=reward,
         group=(task.slot, 1),
         seed=seed,
