@@ -260,7 +260,6 @@ def train(cfg: Config) -> dict:
     """Runs cfg.steps steps. Returns {"before": pass rate, "after": pass rate, "out_dir": path}."""
     start_time = time.time()
     run = set_up(cfg)
-    stop = parallel.StopRequest()
     stopping = False
     bar = progress_bar(run)
     for step in bar:
@@ -290,12 +289,12 @@ def train(cfg: Config) -> dict:
         if cfg.rollouts_every and step % cfg.rollouts_every == 0 and rank() == 0:
             records = records_of(step + 1, sampled.generated, tasks)
             runs.append(run.out_dir / "rollouts.jsonl", records)
-        stopping = any(gather(stop.requested))
+        stopping = any(gather(run.stop.requested))
         evaluate_log_and_save(run, bar, line, last=stopping or step + 1 == cfg.steps)
         if stopping:
             break
     bar.close()
-    stop.restore()
+    run.stop.restore()
     print_result(run, stopping, time.time() - start_time)
     return {"before": run.progress.before, "after": run.after, "out_dir": str(run.out_dir)}
 
@@ -410,6 +409,7 @@ class Training:
     eval_set: ProblemSet
     out_dir: Path
     progress: runs.Progress = field(default_factory=runs.Progress)
+    stop: parallel.StopRequest = field(default_factory=parallel.StopRequest)  # listens from now on
     after: float | None = None  # the last held-out pass rate
     flat_steps: int = 0  # steps in a row whose groups were all flat: no variance, no update
 
@@ -654,7 +654,7 @@ def main(argv: list[str]) -> None:
     except UserError as fault:
         if rank() > 0:
             # The others wait: torchrun usually ends them before they print the same line.
-            time.sleep(5)
+            time.sleep(30)
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
     parallel.disconnect()

@@ -11,6 +11,8 @@ Try it alone:  python eval.py curves RUN_DIR [RUN_DIR...]
 import json
 import math
 import os
+import re
+from collections.abc import Iterable
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +33,8 @@ AXES = {
     "seconds_total": ("training time without evaluations, seconds", 1),
 }
 
-# What a step spends its seconds on; the first five are sampling, by purpose
-SAMPLING = ("base", "seed", "localization", "suffix", "oracle")
-PHASES = (*SAMPLING, "grade", "wait", "train", "sync")
+# What a step spends its seconds on besides sampling, whose phases are the purposes of a method
+WORK = ("grade", "wait", "train", "sync")
 
 # Colours of advantages, the same in every picture and in data/report.html; fit for the colour-blind
 POSITIVE, NEGATIVE = "#2166ac", "#b2182b"
@@ -247,7 +248,8 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
 def draw_mean(panels: dict, name: str, members: list[Run], color: str) -> None:
     """The mean curve of the runs of one name, as far as all of them got. panels: by key of AXES."""
     several = len(members) > 1
-    label = f"{name} ({len(members)} seeds)" if several else name
+    shown = re.sub(r"\S*/", "", name)  # a method or a data file without its folder
+    label = f"{shown} ({len(members)} seeds)" if several else shown
     points = [evaluations(run.lines) for run in members]
     shared = min(len(one) for one in points)
     points = [one[:shared] for one in points]
@@ -334,13 +336,14 @@ def cost_table(named: Named) -> str:
     lines = []
     for run in chain.from_iterable(named.values()):
         lines += run.lines
+    phases = [*purposes_of(lines), *WORK]
     used = []
-    for phase in PHASES:
+    for phase in phases:
         if any(spent(line, (phase,)) > 0.005 for line in lines):
             used.append(phase)
     rows = []
     for name, members in named.items():
-        runs = [step_costs(run) for run in members]
+        runs = [step_costs(run, phases) for run in members]
         cost = {}
         for key in runs[0]:
             cost[key] = np.median([one[key] for one in runs])
@@ -356,22 +359,30 @@ def cost_table(named: Named) -> str:
     return markdown(rows)
 
 
-def step_costs(run: Run) -> dict[str, float]:
+def purposes_of(lines: list[dict]) -> list[str]:
+    """What tokens were spent on in these steps, in order of appearance."""
+    purposes = {}
+    for line in lines:
+        purposes |= line.get("tokens", {"base": 0})
+    return list(purposes)
+
+
+def step_costs(run: Run, phases: list[str]) -> dict[str, float]:
     """Means over the steps of one run: seconds (of all, of sampling, of each phase) and tokens."""
     steps = [line for line in run.lines if "seconds" in line]
     costs = {
         "seconds": np.mean([sum(line["seconds"].values()) for line in steps]),
-        "sampling": np.mean([spent(line, SAMPLING) for line in steps]),
+        "sampling": np.mean([spent(line, set(phases) - set(WORK)) for line in steps]),
         "generated": np.mean([sum(line.get("tokens", {}).values()) for line in steps]),
         "trained": np.mean([line.get("trained_tokens", 0) for line in steps]),
         "response": np.mean([line.get("response_tokens", 0) for line in steps]),
     }
-    for phase in PHASES:
+    for phase in phases:
         costs[phase] = np.mean([spent(line, (phase,)) for line in steps])
     return costs
 
 
-def spent(line: dict, phases: tuple[str, ...]) -> float:
+def spent(line: dict, phases: Iterable[str]) -> float:
     """Seconds that a step spent on the given phases."""
     seconds = line.get("seconds", {})
     return sum(seconds.get(phase, 0) for phase in phases)

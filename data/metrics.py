@@ -66,7 +66,9 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
     groups = grouped(rollouts).values()
     base_groups = [members for members in groups if not is_reset(members)]
     suffix_groups = [members for members in groups if is_reset(members)]
-    base = [r for r in chain(*base_groups) if r.seed is None]  # sampled from the prompt
+    # Sampled from the plain prompt: no continuation that joined its group, no later turn.
+    prompts = [task.prompt_ids for task in tasks]
+    base = [r for r in chain(*base_groups) if r.seed is None and r.prompt_ids in prompts]
     tokens = Counter(dict.fromkeys(PURPOSES, 0))
     for rollout in generated:
         tokens[rollout.purpose] += rollout.generated
