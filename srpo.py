@@ -103,7 +103,7 @@ class MethodSettings:
         "or all trained tokens of the step",
     )
     off_policy_shape: float = setting(
-        0.0, "off-policy tokens weigh A p / (p + this), Critique-GRPO: 0.1; 0: A log p"
+        0.0, "off-policy tokens weigh A p/(p + this), Critique-GRPO: 0.1; 0: A log p"
     )
     clip: float = setting(0.0, "epsilon of the clipped surrogate; 0: plain REINFORCE")
     updates: int = setting(1, "gradient steps on each buffer; above 1 is off-policy: use --clip")
