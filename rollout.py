@@ -252,6 +252,8 @@ class Task:
 
     def in_group(self, k: int, rollouts: list[Rollout]) -> list[Rollout]:
         """Puts rollouts into group k of this prompt: 0 is the base group, 1, 2, ... are resets."""
+        if not all(isinstance(rollout, Rollout) for rollout in rollouts):
+            raise TypeError("in_group wants rollouts; one request is (base,) = yield [...]")
         for rollout in rollouts:
             rollout.group = (self.slot, k)
         return rollouts

@@ -11,6 +11,7 @@ Try it alone:  python -m data.programs FILE.py:FUNCTION    # loads it, and says 
 
 import importlib.util
 import inspect
+import math
 import os
 import sys
 from pathlib import Path
@@ -87,9 +88,18 @@ def complaint_about(rollout, known: set[int]) -> str | None:
         return "a rollout without a group: put it into one with task.in_group(0, rollouts)"
     if rollout.advantages is None and rollout.reward is None:
         return "a rollout without reward and advantages: set its advantages, one for each thought"
-    H = len(rollout.thought_ends)
-    if rollout.advantages is not None and len(rollout.advantages) != H:
-        return f"{len(rollout.advantages)} advantages for {H} thoughts: set one for each thought"
+    if rollout.advantages is not None:
+        return complaint_about_advantages(rollout.advantages, len(rollout.thought_ends))
+    return None
+
+
+def complaint_about_advantages(advantages, H: int) -> str | None:
+    if not isinstance(advantages, list):
+        return f"advantages {advantages!r:.40}: set a list, one for each of {H} thoughts"
+    if len(advantages) != H:
+        return f"{len(advantages)} advantages for {H} thoughts: set one for each thought"
+    if not all(map(math.isfinite, advantages)):
+        return f"advantages that are not finite: {advantages!r:.60}"
     return None
 
 
