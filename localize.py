@@ -7,7 +7,7 @@ together.
 
   self      SRPO: the policy reads the problem and its own numbered thoughts, and is told that its
             final answer is wrong (never the right one); it names its first wrong thought in
-            `\\boxed{N}`
+            `\\boxed{N}`. The embedded policy reads its response and a <locate> token instead
   random    RRPO: h* uniform over 1..H
   verifier  the task's exact step checker: an upper bound, only for tasks that have one
   oracle    the paper's credit-assignment oracle by Monte Carlo: the value of every prefix from m

@@ -1,4 +1,4 @@
-"""Sampling: the record, the methods as programs, the driver that batches them, and the two engines.
+"""Sampling: the record, the methods as programs, and the two engines (data/driver.py runs programs).
 
 Implements steps 1, 2 and 4 of SRPO ("Credit Assignment with Resets in Language Model Reasoning",
 arXiv 2605.25507): base group, seed, reset state, suffix group. Step 3 is in localize.py.
@@ -10,8 +10,9 @@ The way of one problem through a training step:
     `Rollout`s go back into the program -> the program returns the rollouts to train on
 
 A method is a generator for ONE problem that reads like the paper's algorithm box: see `grpo` and
-`resets`. To add an idea, add one such function. State is token ids from end to end: text is decoded
-for graders, localizers and people, and is never encoded again.
+`resets`. An idea of your own is one such function in a file of its own (`--method FILE.py:NAME`).
+State is token ids from end to end: text is decoded for graders, localizers and people, and is never
+encoded again.
 
 Departures from the authors' release: the base group stays i.i.d. (a seed is read from it, not taken
 out of it), reset groups are never topped up from another state, every generated token is kept and
@@ -251,7 +252,7 @@ class Task:
         return rollout.reward < self.cfg.correct
 
     def in_group(self, k: int, rollouts: list[Rollout]) -> list[Rollout]:
-        """Puts rollouts into group k of this prompt: 0 is the base group, 1, 2, ... are resets."""
+        """Puts rollouts into group k of this prompt. In `resets`, 0 is the base group; k is free."""
         if not all(isinstance(rollout, Rollout) for rollout in rollouts):
             raise TypeError("in_group wants rollouts; one request is (base,) = yield [...]")
         for rollout in rollouts:
