@@ -1,4 +1,4 @@
-"""Sampling: the record, the methods as programs, and the two engines (data/driver.py runs programs).
+"""Sampling: the record, the methods as programs, and the two engines (the driver is in data/).
 
 Implements steps 1, 2 and 4 of SRPO ("Credit Assignment with Resets in Language Model Reasoning",
 arXiv 2605.25507): base group, seed, reset state, suffix group. Step 3 is in localize.py.
@@ -252,7 +252,7 @@ class Task:
         return rollout.reward < self.cfg.correct
 
     def in_group(self, k: int, rollouts: list[Rollout]) -> list[Rollout]:
-        """Puts rollouts into group k of this prompt. In `resets`, 0 is the base group; k is free."""
+        """Puts rollouts into group k of this prompt; in `resets` 0 is the base group."""
         if not all(isinstance(rollout, Rollout) for rollout in rollouts):
             raise TypeError("in_group wants rollouts; one request is (base,) = yield [...]")
         for rollout in rollouts:
