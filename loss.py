@@ -212,7 +212,10 @@ def chosen_logps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs [M], entropies [M]) of the trained tokens, at the sampling temperature, in nats.
 
-    Log-probs carry the gradient; entropies do not. chunk: tokens in a call of the head.
+    The body runs on context and tokens; the hidden state one position before each trained token
+    goes through the head, a log-softmax, and to the entry of that token: log pi(y_t | y_<t).
+    `backward` differentiates the weighted sum of these. Entropies carry no gradient.
+    chunk: tokens in a call of the head.
     """
     # Both give the same numbers; the second is the plain way, the first is faster.
     hidden_of = hidden_of_shared_contexts if can_share(model) else hidden_of_rows
