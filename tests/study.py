@@ -49,7 +49,7 @@ from data.curves import (
 )
 from data.driver import Sampled, run_programs
 from data.faults import UserError
-from data.metrics import is_flat
+from data.metrics import PURPOSES, is_flat
 from data.policies import encode_question, load_policy
 from data.problems import Problem
 from data.runs import Run, read_run
@@ -336,9 +336,6 @@ class Outcome:
     erroneous: float  # pass rate of suffixes after a prefix with an error; nan: none was seen
 
 
-SAMPLING_PHASES = ("base", "seed", "localization", "suffix", "oracle")
-
-
 def outcome(run: Run, target: float) -> Outcome:
     """Reads a run's outcome from its benchmark and its step lines."""
     steps = first_reach(run.lines, target, "step")
@@ -349,7 +346,7 @@ def outcome(run: Run, target: float) -> Outcome:
         tokens = run.lines[-1]["total_tokens"]
     sampling = 0.0
     for line in run.lines:
-        for phase in SAMPLING_PHASES:
+        for phase in PURPOSES:
             sampling += line.get("seconds", {}).get(phase, 0)
     return Outcome(
         final=final_pass_rate(run),

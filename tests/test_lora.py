@@ -24,7 +24,7 @@ from data.parallel import whole_weights
 from data.policies import load_policy
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
-    pytest.importorskip("peft", reason="peft is not installed; see Install in README.md")
+    pytest.importorskip("peft", reason="peft is not installed; see Run it in README.md")
 
 FLAGS = [*TINY, "--lora_rank", "4", "--lr", "1e-2", "--eval_every", "0"]
 

@@ -21,7 +21,7 @@ from data.driver import run_programs
 from rollout import HFEngine, grpo, make_engine, resets
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
-    pytest.importorskip("vllm", reason="vLLM is not installed; see Install in README.md")
+    pytest.importorskip("vllm", reason="vLLM is not installed; see Run it in README.md")
 
 
 @pytest.fixture(scope="module")
