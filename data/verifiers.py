@@ -4,9 +4,10 @@ The reward of a response comes from the content of its LAST `\boxed{}`, compared
 answer; kind "code" has no box but a fenced program, which is run against tests. Rewards are 1.0 or
 0.0; only code gives a share in between. `KINDS` holds everything that depends on the kind:
 
-    integer  the same integer                      yes_no  yes or true, no or false
-    math     equal for the `math-verify` library   text    the box contains the reference
-    choice   the same letter                       code    the share of tests passed
+    integer   the same integer                      yes_no  yes or true, no or false
+    integers  the same integers, in the same order  text    the box contains the reference
+    math      equal for the `math-verify` library   code    the share of tests passed
+    choice    the same letter
 
 A new kind is one grading function and one entry of KINDS; no other file changes.
 
@@ -100,6 +101,20 @@ def grade_integer(boxed: str, answer: str) -> float:
         count("not_an_integer")
         return 0.0
     return float(int(boxed.replace(",", "")) == int(answer.replace(",", "")))
+
+
+def grade_integers(boxed: str, answer: str) -> float:
+    """Returns 1.0 if both list the same integers in the same order.
+
+    Blanks or commas stand between them, so `1,000` is the list of 1 and 0. Each has a sign or none
+    and up to 1000 ASCII digits.
+    """
+    found = boxed.replace(",", " ").split()
+    if not found or not all(re.fullmatch(r"[+-]?\d{1,1000}", item, re.ASCII) for item in found):
+        count("not_integers")
+        return 0.0
+    wanted = answer.replace(",", " ").split()
+    return float([int(item) for item in found] == [int(item) for item in wanted])
 
 
 MATH_SECONDS = 5.0  # wall-clock limit of one comparison by math-verify
@@ -248,6 +263,11 @@ def check_integer(record: dict) -> str | None:
     return check_form(record, r"[+-]?\d[\d,]*", complaint)
 
 
+def check_integers(record: dict) -> str | None:
+    complaint = 'is not a list of integers; write them with blanks between, as in "3 -1 4"'
+    return check_form(record, r"[+-]?\d+([\s,]+[+-]?\d+)*", complaint)
+
+
 def check_choice(record: dict) -> str | None:
     return check_form(record, r"\(?[A-Za-z]\)?", "is not a letter")
 
@@ -340,6 +360,11 @@ class Kind:
 
 KINDS = {
     "integer": Kind(grade_integer, check_reference=check_integer),
+    "integers": Kind(
+        grade_integers,
+        ending="Put the list of integers in \\boxed{}, in order, with blanks between them.",
+        check_reference=check_integers,
+    ),
     "math": Kind(grade_math, slow=True),
     "choice": Kind(
         grade_choice,
@@ -371,6 +396,7 @@ def demo() -> None:
     double = {"stdin": [["2", "4"], ["3", "6"]]}
     examples = [
         ("integer", "1,000", [r"\boxed{1000}", r"\boxed{999}", r"\boxed{10^3}"]),
+        ("integers", "3 -1 4", [r"\boxed{3, -1, 4}", r"\boxed{3 4 -1}", r"\boxed{three}"]),
         ("math", "0.5", [r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}", r"\boxed{?}"]),
         ("choice", "B", [r"\boxed{(b) bank}", r"\boxed{A}", r"\boxed{A or B}"]),
         ("yes_no", "yes", [r"\boxed{True}", r"\boxed{No}", r"\boxed{maybe}"]),
