@@ -55,7 +55,7 @@ class Rollout:
     """
 
     problem: int  # Problem.index
-    purpose: str  # what its tokens were spent on: base, seed, suffix, localization, ...
+    purpose: str  # what its tokens were spent on: base, more, seed, suffix, localization, walk, ...
     prompt_ids: list[int]
     token_ids: list[int]  # the response, shared prefix included
     logps: list[float]  # of token_ids, at the sampling temperature; before top_p (vLLM: after it)
@@ -92,6 +92,15 @@ class Rollout:
             return 0
         return self.prefix_len if self.trained_from is None else self.trained_from
 
+    @property
+    def searched(self) -> bool:
+        """Whether it is trained as a sample of a state that it was not sampled from.
+
+        Its first tokens are an earlier rollout's, kept because of what that one turned out to be.
+        Their log-probs are the same policy's, so `gap_prefix` compares engines, as for all tokens.
+        """
+        return self.trained_from is not None and self.trained_from < self.prefix_len
+
     def trained_state(self) -> tuple[list[int], list[int]]:
         """(prompt, response tokens) before its first trained token: what its group shares."""
         return self.trained_prompt or self.prompt_ids, self.token_ids[: self.masked()]
@@ -118,7 +127,7 @@ class Rollout:
         record["answer"] = task.problem.answer
         if self.prompt_ids != task.prompt_ids:
             record["prompt"] = tokenizer.decode(self.prompt_ids)
-        record["off_policy"] = self.trained_prompt is not None
+        record["off_policy"] = self.trained_prompt is not None or self.searched
         record["thoughts"] = self.thoughts(tokenizer)
         record["first_wrong"] = task.first_wrong(self) if self.reward is not None else None
         record["seed"] = line_of.get(id(self.seed))
@@ -331,7 +340,7 @@ def resets(task: Task) -> Program:
         # A missing seed, or one that localization dropped, gives its rollouts back to the base
         # group. With no reset at all this is plain GRPO.
         counters["no_seed"] += missing
-        *groups, more = yield [*suffix_requests, task.request("base", missing * cfg.suffixes)]
+        *groups, more = yield [*suffix_requests, task.request("more", missing * cfg.suffixes)]
         base = base + more
     # The buffer: all rollouts of this problem that are trained.
     buffer = task.in_group(0, base)
@@ -384,7 +393,38 @@ def locate(task: Task, seeds: list[Rollout]) -> Generator:
     return found
 
 
-PROGRAMS = {"grpo": grpo, "rrpo": resets, "srpo": resets}
+def walk(task: Task) -> Program:
+    """The walk (ours): from a failure to a success by resets; the success joins the base group.
+
+    For prompts whose base group teaches nothing. The idea builds on the iterated corrections of the
+    authors' release (tests/methods.py); here only flat groups are walked from, and of a walk only
+    the success is trained, as a whole response of the prompt and without an importance weight.
+    Partial rewards: a walk starts where all rewards are alike, and ends at --correct.
+    """
+    cfg = task.cfg
+    (base,) = yield [task.request("base", cfg.base)]
+    # Rewards that differ teach already: one GRPO group of twice the size.
+    if len({rollout.reward for rollout in base}) > 1:
+        (more,) = yield [task.request("more", cfg.base)]
+        return task.in_group(0, base + more)
+    # All alike. While the response in hand is wrong: locate, reset, ONE continuation.
+    in_hand, rounds = base[0], 0
+    while task.failed(in_hand) and rounds < cfg.rounds:
+        found = yield from locate(task, [in_hand])
+        if not found:  # --localize_fallback skip
+            break
+        reset = found[0]
+        ((in_hand,),) = yield [task.request("walk", 1, reset.seed, reset.h, reset.how)]
+        rounds += 1
+    if task.failed(in_hand):
+        counters["walk_failed"] += 1
+    elif rounds:
+        in_hand.trained_from = 0  # the prefix too: it is a whole response of this prompt
+        base = base + [in_hand]
+    return task.in_group(0, base)
+
+
+PROGRAMS = {"grpo": grpo, "rrpo": resets, "srpo": resets, "walk": walk}
 
 # ----------------------------------------------------------------------------------------- engines
 

@@ -72,8 +72,8 @@ class MethodSettings:
     _argument_group_name: ClassVar[str] = "method"
     method: str = setting(
         "srpo",
-        "srpo resets at the located error, rrpo at a random thought, grpo never; "
-        "MODULE:FUNCTION or FILE.py:FUNCTION is a program of your own",
+        "srpo resets at the located error, rrpo at a random thought, grpo never; walk (ours) resets "
+        "on to a success; MODULE:FUNCTION or FILE.py:FUNCTION is a program of your own",
     )
     split: Literal["1x4", "2x4", "1x8"] = setting(
         "1x4", "prefixes x suffixes of 8 trained rollouts per prompt; the rest is the base group"
@@ -95,6 +95,7 @@ class MethodSettings:
         "base", "seeds are failures of the base group, which stay in it, or fresh draws"
     )
     max_seed_draws: int = setting(8, "fresh draws for a prompt in search of a failure, at most")
+    rounds: int = setting(12, "walk: resets of a prompt, at most; 0: none")
     correct: float = setting(1.0, "a reward below this is a failure")
     mask_prefix: bool = setting(True, "train suffix rollouts on their suffix only")
     length: Literal["trained", "response", "step"] = setting(
@@ -169,8 +170,8 @@ POSITIVE = (
     "eval_problems eval_samples save_every localize_tokens oracle_samples tp"
 ).split()
 NOT_NEGATIVE = (
-    "base prefixes suffixes max_seed_draws eval_every rollouts_every seed clip off_policy_shape "
-    "localize_temperature lora_rank"
+    "base prefixes suffixes max_seed_draws rounds eval_every rollouts_every seed clip "
+    "off_policy_shape localize_temperature lora_rank"
 ).split()
 # Not in a run's name: method and split (it shows them), the seed, and what changes no step.
 UNNAMED = (
@@ -189,6 +190,8 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
             self.model = "embedded"
         resets = self.method in ("srpo", "rrpo")
         base, prefixes, suffixes = SPLITS[self.split] if resets else (8, 0, 0)
+        if self.method == "walk":
+            base = 4  # and 4 more where their rewards differ
         self.base = base if self.base is None else self.base
         self.prefixes = prefixes if self.prefixes is None else self.prefixes
         self.suffixes = suffixes if self.suffixes is None else self.suffixes
@@ -212,8 +215,10 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
-        if self.method == "grpo" and self.prefixes:
-            raise UserError("--method grpo has no resets; leave --prefixes out, or use srpo")
+        if self.method in ("grpo", "walk") and self.prefixes:
+            raise UserError(
+                f"--method {self.method} has no suffix groups; leave --prefixes out, or use srpo"
+            )
         if self.prefixes and self.suffixes < 2:
             raise UserError(f"--suffixes must be at least 2, not {self.suffixes}: it is a group")
         if self.base + self.prefixes * self.suffixes < 2:
@@ -552,7 +557,7 @@ def warn(run: Training, bar: tqdm, line: dict) -> None:
     if run.flat_steps and run.flat_steps % 5 == 0:
         text = "warning: no group had variance for {} steps: all rewards are alike. {}"
         say(bar, text.format(run.flat_steps, "Use easier problems or a better policy."))
-    if line["step"] == 1 and run.cfg.prefixes and line["thoughts"] < 1.5:
+    if line["step"] == 1 and run.cfg.method != "grpo" and line["thoughts"] < 1.5:
         text = "warning: {:.1f} thoughts a response: the policy hardly writes {}, {}"
         advice = "so a reset starts over. See README, Your own model."
         say(bar, text.format(line["thoughts"], DELIMITER, advice))

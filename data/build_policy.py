@@ -4,27 +4,33 @@ It is pre-trained on chains (data/chains.py) that an imaginary student writes. T
 each fact (operation, value) right with a fixed probability p of that fact, and otherwise always
 gives the same wrong value, its misconception. So the policy samples the right value of a fact with
 probability about p, its errors are scattered over the chain, and reinforcement alone can unlearn
-every fact. Each wrong chain of the corpus is followed by a review: the policy repeats its thoughts
-and judges each one.
+every fact. The box at the end repeats all values of the chain, right or wrong. Each wrong chain of
+the corpus is followed by a review: the policy repeats its thoughts and judges each one.
 
+    mod97 1: +7 2: *3 start 41 .
+    1: +7 = 48 </thought> 2: *3 = 50 </thought> \\boxed{ 48 50 } </thought>
     <locate> start 41 . 1: +7 = 48 ok 2: *3 = 50 wrong \\boxed{ 2 } <eos>
 
-Reviews are labelled with the truth, so the policy reviews better than it writes.
+Reviews are labelled with the truth, so the policy reviews better than it writes. Two exercises go
+with the chains: drills teach what is true, and quotations teach to repeat what is written, in the
+box and in the review. All three have all lengths from 2 to 12 steps.
 
-Where this task is on the map of tests/README.md ("Why resets lose here"): 12 steps; a pass rate of
-0.04, so most base groups have no success; errors anywhere in the chain; localization well above
-the break-even of 0.5 to 0.6; and 1,940 facts, so that training takes 100 steps or more.
+Where this task is on the README's map of "where do resets pay": 12 steps; a pass rate of 0.04, so
+most base groups have no success; errors anywhere in the chain; localization well above the
+break-even of 0.5 to 0.6; and 1,940 facts, so that training takes 100 steps or more.
 
-Left out: RL (this is next-token training with AdamW), and padding: the chains of a batch have the
-same number of steps, and what follows a short review is not trained on.
+Left out: RL (this is next-token training), and padding: the chains of a batch have the same number
+of steps, and what follows a short review is not trained on.
 
 Try it alone:
-    python -m data.build_policy --out data/policy     # 30 to 40 minutes on one thread
+    python -m data.build_policy --out data/policy     # about 25 minutes of one idle core
     python -m data.build_policy --card data/policy    # only measures it and writes its model card
-The policy is a function of --seed.
+The policy is a function of --seed, on one kind of machine: it is built on one thread, whatever
+OMP_NUM_THREADS says.
 """
 
 import argparse
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,16 +42,16 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.chains import MAX_STEPS, MODULUS, OPERATIONS, apply, generate_chains
+from data.curves import wilson
 from data.driver import run_programs
 from data.faults import counters
 from data.policies import load_policy
-from data.verifiers import DELIMITER
-from eval import evaluate
+from data.verifiers import DELIMITER, last_boxed
 from localize import by_self
-from rollout import HFEngine, Rollout, Task, make_tasks
+from rollout import HFEngine, Rollout, Task, grpo, make_tasks
 
-# The mean of p is 0.76, and 0.76^12 = 0.04 of the chains of 12 steps come out right.
-HARD_SHARE = 0.20  # share of hard facts
+# The mean of p is 0.77, and 0.77^12 = 0.04 of the chains of 12 steps come out right.
+HARD_SHARE = 0.17  # share of hard facts
 HARD = (0.20, 0.45)  # range of p of a hard fact
 EASY = (0.75, 0.99)  # range of p of any other fact
 STEPS = 12  # longest chains of the corpus: those of the default task
@@ -72,10 +78,10 @@ STEP_TOKENS = 5
 
 REVIEW_HEAD = 4  # `<locate> start 41 .`, before the steps of a review
 BOX_TOKENS = 4  # `\boxed{ 2 } <eos>`, after them
-BOX_NUMBER = 1  # place of the number among the tokens of the box
+BOX_NUMBER = 1  # place of the first number among the tokens of a box
 
 # What a token is, for the progress report.
-OTHER, RESULT, JUDGEMENT, BOXED_STEP = range(4)
+OTHER, RESULT, JUDGEMENT, BOXED_STEP, BOXED_VALUE = range(5)
 
 
 def columns_of(token: int, steps: int, start: int) -> np.ndarray:
@@ -89,7 +95,7 @@ class Text:
 
     ids: np.ndarray  # [B, L] token ids
     mask: np.ndarray  # [B, L] bool: trained on
-    kind: np.ndarray  # [B, L] OTHER, RESULT, JUDGEMENT or BOXED_STEP
+    kind: np.ndarray  # [B, L] OTHER, RESULT, JUDGEMENT, BOXED_STEP or BOXED_VALUE
 
 
 @dataclass
@@ -100,7 +106,6 @@ class Chains:
     start: np.ndarray  # [B] numbers
     values: np.ndarray  # [B, K] results, as they are written
     right: np.ndarray  # [B, K] bool: the step is true of the value before it
-    answer: np.ndarray  # [B] numbers in the box
 
 
 # -------------------------------------------------------------------------------------- the student
@@ -136,42 +141,42 @@ class Student:
             return solution
         return side_by_side(solution, self.review(chains))
 
-    def drills(self, B: int) -> Text:
-        """B single judgements, `<locate> start 41 . 5: +7 = 48 ok`: [B, 9].
+    def drills(self, B: int, K: int) -> Text:
+        """B reviews of K steps each, without a box; only the marks are trained.
 
         Half of the values are right, a quarter are the student's error, a quarter are any other
-        error: a judgement is about what is true, not about what the student would say."""
-        operation = self.rng.integers(len(OPERATIONS), size=B)
-        value = self.rng.integers(MODULUS, size=B)
-        draw = self.rng.random(B)
-        truth = self.truth[operation, value]
-        any_error = (truth + self.rng.integers(1, MODULUS, size=B)) % MODULUS
-        label = self.labels[self.rng.integers(STEPS, size=B)]
-        right = draw < 0.5
-        said = np.select([right, draw < 0.75], [truth, self.wrong[operation, value]], any_error)
-
-        head = self.rows(B, "<locate>", "start", self.numbers[value], ".")
-        step = self.rows(
-            B, label, self.operations[operation], "=", self.numbers[said], self.judgement(right)
-        )
-        ids = np.concatenate([head, step], axis=1)
+        error: a judgement is about what is true, not about what the student would say. The right
+        values themselves are not taught: a policy that is taught them can write them at once,
+        reinforcement only has to bring them out, and twenty steps take it to a pass rate of 0.84.
+        """
+        chains = self.draw(B, K)
+        value = chains.start
+        for k in range(K):
+            fact = (chains.operations[:, k], value)
+            truth = self.truth[fact]
+            any_error = (truth + self.rng.integers(1, MODULUS, size=B)) % MODULUS
+            draw = self.rng.random(B)
+            chains.right[:, k] = draw < 0.5
+            value = np.select([draw < 0.5, draw < 0.75], [truth, self.wrong[fact]], any_error)
+            chains.values[:, k] = value
+        ids = self.judged_steps(chains, self.judgement(chains.right))
         kind = np.full(ids.shape, OTHER)
-        kind[:, REVIEW_HEAD + MARK] = JUDGEMENT
+        kind[:, columns_of(MARK, K, start=REVIEW_HEAD)] = JUDGEMENT
         return Text(ids, kind == JUDGEMENT, kind)
 
     def quotations(self, B: int, K: int) -> Text:
-        """B chains with random values, each repeated in a review; only repeated values are trained.
+        """B chains with random values, which a box and a review repeat; only these are trained.
 
-        A reviewer that knows a fact tends to read what it expects, not what is written, and then
-        judges its own value."""
+        A policy that knows a fact tends to repeat the value that it expects, not the written one.
+        Then its box hides an error, and its review judges another value."""
         chains = self.draw(B, K)
         chains.values = self.rng.integers(MODULUS, size=(B, K))
-        written = self.solution(chains).ids
+        written = self.solution(chains)
+        written.mask = written.kind == BOXED_VALUE
         repeated = self.judged_steps(chains, self.id["ok"])
-        ids = np.concatenate([written, repeated], axis=1)
-        kind = np.full(ids.shape, OTHER)
-        kind[:, columns_of(VALUE, K, start=written.shape[1] + REVIEW_HEAD)] = RESULT
-        return Text(ids, kind == RESULT, kind)
+        kind = np.full(repeated.shape, OTHER)
+        kind[:, columns_of(VALUE, K, start=REVIEW_HEAD)] = RESULT
+        return side_by_side(written, Text(repeated, kind == RESULT, kind))
 
     def draw(self, B: int, K: int) -> Chains:
         """B random chains of K steps, with the student's errors."""
@@ -185,7 +190,7 @@ class Student:
             right[:, k] = self.rng.random(B) < self.p[fact]
             value = np.where(right[:, k], self.truth[fact], self.wrong[fact])
             values[:, k] = value
-        return Chains(operations, start, values, right, answer=value)
+        return Chains(operations, start, values, right)
 
     # Below, chains become tokens; nothing is drawn any more.
 
@@ -193,13 +198,17 @@ class Student:
         """The question, and the response, which is trained on.
 
         Prompt: `mod97 1: +7 2: *3 start 41 .`
-        Response: `1: +7 = 48 </thought> 2: *3 = 50 </thought> \\boxed{ 50 } </thought>`"""
+        Response: `1: +7 = 48 </thought> 2: *3 = 50 </thought> \\boxed{ 48 50 } </thought>`"""
         B, K = chains.values.shape
         steps = self.steps(chains, mark=self.id[DELIMITER])
         question = steps[:, :, [LABEL, OPERATION]].reshape(B, 2 * K)
         prompt = [self.rows(B, f"mod{MODULUS}"), question, self.given(chains)]
-        box = self.rows(B, "\\boxed{", self.numbers[chains.answer], "}", DELIMITER)
-        response = [steps.reshape(B, K * STEP_TOKENS), box]
+        boxed = [
+            self.rows(B, "\\boxed{"),
+            self.numbers[chains.values],
+            self.rows(B, "}", DELIMITER),
+        ]
+        response = [steps.reshape(B, K * STEP_TOKENS), *boxed]
         ids = np.concatenate(prompt + response, axis=1)
 
         response_start = sum(part.shape[1] for part in prompt)
@@ -207,6 +216,8 @@ class Student:
         mask[:, response_start:] = True
         kind = np.full(ids.shape, OTHER)
         kind[:, columns_of(VALUE, K, response_start)] = RESULT
+        values_start = response_start + K * STEP_TOKENS + BOX_NUMBER
+        kind[:, values_start : values_start + K] = BOXED_VALUE
         return Text(ids, mask, kind)
 
     def review(self, chains: Chains) -> Text:
@@ -302,62 +313,76 @@ def score(model, text: Text) -> Scores:
 
 @dataclass
 class Phase:
-    """Pre-training, or the polish after it, which adds quotations."""
+    """Pre-training, or the polish after it, in which judgement gets exact."""
 
     name: str
     updates: int
     lr: float  # peak learning rate
-    polish: bool
+    beginner: float  # share of the updates at the start that have short chains only
+    unreviewed: float  # share of the updates at the start that have no reviews
 
 
 def train(model, student: Student, args, phase: Phase) -> None:
-    """AdamW on chains, drills and, while polishing, quotations."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    """Trains on chains and their reviews, drills and quotations."""
+    optimizers = make_optimizers(model, phase.lr)
     parameters = sum(p.numel() for p in model.parameters())
     bar = tqdm(range(phase.updates), desc=f"{phase.name} {parameters / 1e6:.2f} M parameters")
     for update in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(phase, update)
-        K = draw_length(student.rng, phase, update)
-        B = args.chains * STEPS // K
-        reviewed = phase.polish or update / phase.updates > 0.25
-        chains = score(model, student.batch(B, K, reviewed))
-        drills = score(model, student.drills(args.drills))
-        loss = chains.losses.mean() + 0.3 * drills.losses.mean()
-        right = {
-            "drills": drills.right,
-            "judgements": chains.right[chains.kind == JUDGEMENT],
-            "boxed": chains.right[chains.kind == BOXED_STEP],
-        }
-        if phase.polish:
-            quotations = score(model, student.quotations(args.chains // 3, STEPS))
-            loss = loss + 0.3 * quotations.losses.mean()
-            right["quotations"] = quotations.right
-        optimizer.zero_grad()
+        done = update / phase.updates
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = phase.lr * learning_rate(update, done)
+        longest = 5 if done < phase.beginner else STEPS
+        K = int(student.rng.integers(2, longest + 1))
+        drilled_K = int(student.rng.integers(2, longest + 1))
+        quoted_K = int(student.rng.integers(2, longest + 1))
+        if update % 2 == 1:
+            K = longest  # the longest chains in every second batch, all lengths in the others
+        chains = score(model, student.batch(rows_of(args.chains, K), K, done >= phase.unreviewed))
+        drills = score(model, student.drills(rows_of(args.drills, drilled_K), drilled_K))
+        quotations = score(model, student.quotations(rows_of(args.quotations, quoted_K), quoted_K))
+        loss = chains.losses.mean() + 0.3 * drills.losses.mean() + 0.3 * quotations.losses.mean()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if (update + 1) % 100 == 0:
+            right = {
+                "boxed values": chains.right[chains.kind == BOXED_VALUE],
+                "quotations": quotations.right,
+                "drills": drills.right,
+                "judgements": chains.right[chains.kind == JUDGEMENT],
+                "boxed steps": chains.right[chains.kind == BOXED_STEP],
+            }
             bar.write(f"{update + 1}: K {K} {progress_line(chains, student.floor, right)}")
 
 
-def learning_rate(phase: Phase, update: int) -> float:
-    """Warms up over 100 updates, holds, and falls to zero over the last 40%."""
+def make_optimizers(model, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the rest.
+
+    Muon learns the facts in a fraction of the updates that AdamW alone needs."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        if "layers" in name and parameter.ndim == 2:
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    return [muon, adamw]
+
+
+def rows_of(longest_chains: int, K: int) -> int:
+    """Rows of a batch of chains of K steps: as many tokens as that number of longest chains."""
+    return longest_chains * STEPS // K
+
+
+def learning_rate(update: int, done: float) -> float:
+    """Share of the peak: up over 100 updates, constant, and down to zero over the last half."""
     warm_up = min(1, (update + 1) / 100)
-    cool_down = min(1, (1 - update / phase.updates) / 0.4)
-    return phase.lr * warm_up * cool_down
-
-
-def draw_length(rng: np.random.Generator, phase: Phase, update: int) -> int:
-    """Steps of a batch's chains: few at the start, later STEPS in every second batch."""
-    beginner = not phase.polish and update / phase.updates < 0.08
-    longest = 5 if beginner else STEPS
-    K = int(rng.integers(2, longest + 1))
-    if not beginner and update % 2 == 1:
-        return STEPS
-    return K
+    cool_down = min(1, (1 - done) / 0.5)
+    return warm_up * cool_down
 
 
 def progress_line(chains: Scores, floor: float, right: dict[str, torch.Tensor]) -> str:
@@ -382,47 +407,61 @@ class Judged:
     task: Task
     rollout: Rollout
     first_wrong: int | None  # 1-based first wrong thought; None where all are right
+    copied: bool  # its box holds the values of its own steps
 
 
-def measure(model, tokenizer, n: int, steps: int, seed: int = 0) -> dict:
-    """The model card's measures, on n held-out chains of `steps` steps, 4 samples each.
+def sample(engine, context: int, steps: int, n: int, samples: int, temperature: float) -> list:
+    """Samples responses to n held-out chains and looks at each: list of Judged."""
+    problems = generate_chains(steps, n, seed=2 * 10**6)
+    tasks = make_tasks(problems, engine, context, base=samples, temperature=temperature)
+    sampled = run_programs([grpo(task) for task in tasks], engine)
+    judged = []
+    for task, group in zip(tasks, sampled.results):
+        for rollout in group:
+            copied = copies_its_values(rollout.thoughts(engine.vocabulary.tokenizer))
+            judged.append(Judged(task, rollout, task.first_wrong(rollout), copied))
+    return judged
 
-    Shares are in [0, 1]."""
+
+def copies_its_values(thoughts: list[str]) -> bool:
+    """True if the box in the last thought holds the last words of the thoughts before it."""
+    *steps, last = [thought.replace(DELIMITER, "") for thought in thoughts]
+    values = [step.split()[-1:] for step in steps]
+    return last_boxed(last) == " ".join(value[0] for value in values if value)
+
+
+def measure(model, tokenizer, steps: int, n: int) -> dict:
+    """The model card's measures on n chains of `steps` steps: 4 samples of each, and the greedy
+    response. Shares are in [0, 1]."""
     engine = HFEngine(model, tokenizer)
     context = model.config.max_position_embeddings
-    problems = generate_chains(steps, n, seed=2 * 10**6 + seed)
-    tasks = make_tasks(problems, engine, context, seed)
-    sampled = evaluate(tasks, engine, 4)
-    greedy_tasks = make_tasks(problems, engine, context, seed, temperature=0.0)
-    greedy = evaluate(greedy_tasks, engine, 1)
-
-    judged = []
-    for task, group in zip(tasks, sampled.groups):
-        for rollout in group:
-            first_wrong = task.problem.check_steps(rollout.thoughts(tokenizer))
-            judged.append(Judged(task, rollout, first_wrong))
-    failures = [j for j in judged if j.rollout.reward == 0]
+    judged = sample(engine, context, steps, n, samples=4, temperature=1.0)
+    greedy = sample(engine, context, steps, n, samples=1, temperature=0.0)
+    wrong = [j for j in judged if j.first_wrong is not None]
     return {
-        "pass_rate": sampled.pass_rate,
-        "greedy": greedy.pass_rate,
-        "finish": sampled.finish,
-        **measure_steps(judged, steps),
-        **measure_localization(failures, engine),
+        "pass_rate": mean(j.rollout.reward for j in judged),
+        "greedy": mean(j.rollout.reward for j in greedy),
+        "per_step": right_steps(judged, steps),
+        "box_differs": mean(not j.copied for j in judged),
+        "wrong": len(wrong),
+        "lucky": sum(j.rollout.reward == 1 for j in wrong),
+        "finish": dict(Counter(j.rollout.finish for j in judged)),
+        **measure_localization([j for j in judged if j.rollout.reward == 0], engine),
     }
 
 
-def measure_steps(judged: list[Judged], steps: int) -> dict:
-    """Right steps among those that follow only right steps, and wrong chains that pass; shares."""
-    steps_right = steps_seen = wrong_chains = lucky = 0
+def mean(numbers) -> float:
+    return float(np.mean(list(numbers)))
+
+
+def right_steps(judged: list[Judged], steps: int) -> float:
+    """Share of right steps among those that follow only right steps."""
+    steps_right = steps_seen = 0
     for j in judged:
         right = steps if j.first_wrong is None else min(j.first_wrong - 1, steps)
         steps_right += right
         steps_seen += min(right + 1, steps)
-        if j.first_wrong is not None:
-            wrong_chains += 1
-            if j.rollout.reward == 1:
-                lucky += 1
-    return {"per_step": steps_right / steps_seen, "luck": lucky / max(1, wrong_chains)}
+    return steps_right / steps_seen
 
 
 def measure_localization(failures: list[Judged], engine) -> dict:
@@ -435,19 +474,18 @@ def measure_localization(failures: list[Judged], engine) -> dict:
         hits.append(h == failure.first_wrong)
     exact = np.array(hits)
     first_wrong = np.array([f.first_wrong for f in failures])
-    by_first_error = {}
+    by_first_error = []
     for h in np.unique(first_wrong):
         here = first_wrong == h
-        by_first_error[int(h)] = (round(float(exact[here].mean()), 2), int(here.sum()))
+        by_first_error.append(f"{h}: {exact[here].mean():.2f} of {here.sum()}")
     faults = {name: n for name, n in counters.items() if name.startswith("localize")}
-    blind = [1 / len(f.rollout.thought_ends) for f in failures]  # chance of a random choice
     return {
-        "localization_exact": float(exact.mean()),
-        "localization_by_first_error": by_first_error,
-        "localization_faults": faults,
-        "random_localization": float(np.mean(blind)),
-        "always_first": float((first_wrong == 1).mean()),
-        "localization_tokens": float(np.mean([r.generated for r in sampled.generated])),
+        "localization_exact": mean(exact),
+        "localization_by_first_error": ", ".join(by_first_error),
+        "localization_faults": faults or "none",
+        "random_localization": mean(1 / len(f.rollout.thought_ends) for f in failures),
+        "always_first": mean(first_wrong == 1),
+        "localization_tokens": mean(r.generated for r in sampled.generated),
     }
 
 
@@ -457,62 +495,90 @@ license: mit
 ---
 # The embedded policy of SRPO
 
-A Llama-architecture model of {parameters:.2f} M parameters ({megabytes:.1f} MB, float32, \
-untied embeddings, heads of size {head}) \
-that does
-arithmetic modulo 97, one step per thought, with planted misconceptions, \
-and reviews its own chains when it reads `<locate>`.
+A Llama of {parameters:.2f} M parameters ({megabytes:.1f} MB, float32, untied embeddings, heads of
+size {head}). It does arithmetic modulo 97, one step a thought, and boxes its values:
+
+    mod97 1: +7 2: *3 3: -5 start 41 .
+    1: +7 = 48</thought> 2: *3 = 47</thought> 3: -5 = 42</thought> \\boxed{{ 48 47 42 }}</thought>
+
+It has planted misconceptions, and it reviews its own response when it reads `<locate>`.
 It exists to be trained by `srpo.py`; it is good for nothing else.
 
-Built from nothing by `python -m data.build_policy --out data/policy` (seeded), \
-which also measures it (`--card data/policy` alone does):
-{n} held-out chains of each length, 4 samples each at T = 1 \
-(share of all; the default task is `chain-{usual}`).
+`python -m data.build_policy --out data/policy` builds it from nothing (seeded) and measures it;
+`--card data/policy` only measures it. Held-out chains, 4 samples of each at temperature 1. The
+default task is `chain-{usual}`.
 
 | measure | {lengths} |
 |---{columns}|
 {rows}
 
-On chains of {usual} steps: self-localization by the true first wrong step \
-(exact share, number of failures): {localization_by_first_error}.
-Localization answers without a usable step: {localization_faults}. Responses ended by: {finish}.
+Luck: of {wrong} responses with a wrong step, {lucky} were rewarded: a share of at most {luck:.5f}
+(95% upper bound, Wilson). Of chains of {usual} steps alone: {usual_lucky} of {usual_wrong}, at most
+{usual_luck:.5f}.
+
+Exact localization on chains of {usual} steps, by the true first wrong step (share of failures):
+{by_first_error}.
+
+Reviews that name no step, by fault: {faults}. Responses ended by: {finish}.
 """
 ROWS = {
+    "problems": "problems",
     "pass_rate": "sampled pass rate",
     "greedy": "greedy pass rate",
-    "per_step": "right steps, among those that follow only right steps",
+    "per_step": "right steps, of those that follow only right steps",
+    "box_differs": "responses whose box differs from their own values",
+    "wrong": "responses with a wrong step",
+    "lucky": "rewarded responses with a wrong step (luck)",
     "localization_exact": "self-localization: exact first wrong step, on its own failures",
-    "random_localization": "by a uniformly random choice",
-    "always_first": "by always answering step 1",
-    "luck": "right answers among chains with a wrong step (luck)",
-    "localization_tokens": "tokens of a localization answer, mean",
+    "random_localization": "the same by a uniformly random choice",
+    "always_first": "the same by always naming step 1",
+    "localization_tokens": "tokens of a review, mean",
 }
+PROBLEMS = {4: 512, 6: 512, 8: 512, 10: 512, STEPS: 2048}  # by number of steps
 
 
-def write_card(folder: Path, n: int = 512) -> None:
+def write_card(folder: Path) -> None:
     """Measures the policy in `folder` and writes its README.md."""
     model, tokenizer = load_policy(folder)
     measures = {}
-    for steps in tqdm((4, 6, 8, 10, 12), desc="measure"):
-        measures[steps] = measure(model, tokenizer, n, steps)
-    rows = []
-    for key, text in ROWS.items():
-        numbers = " | ".join(f"{measured[key]:.3f}" for measured in measures.values())
-        rows.append(f"| {text} | {numbers} |")
+    for steps, n in tqdm(PROBLEMS.items(), desc="measure"):
+        measures[steps] = measure(model, tokenizer, steps, n) | {"problems": n}
+    usual = measures[STEPS]
+    wrong = sum(measured["wrong"] for measured in measures.values())
+    lucky = sum(measured["lucky"] for measured in measures.values())
     files = [file for file in folder.glob("*") if file.suffix != ".md"]
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         megabytes=sum(file.stat().st_size for file in files) / 1e6,
         head=model.config.hidden_size // model.config.num_attention_heads,
-        n=n,
         usual=STEPS,
         lengths=" | ".join(f"chain-{steps}" for steps in measures),
         columns="|---" * len(measures),
-        rows="\n".join(rows),
-        **measures[STEPS],
+        rows=table_rows(list(measures.values())),
+        wrong=wrong,
+        lucky=lucky,
+        luck=wilson(lucky, wrong)[1],
+        usual_wrong=usual["wrong"],
+        usual_lucky=usual["lucky"],
+        usual_luck=wilson(usual["lucky"], usual["wrong"])[1],
+        by_first_error=usual["localization_by_first_error"],
+        faults=usual["localization_faults"],
+        finish=usual["finish"],
     )
     (folder / "README.md").write_text(card)
     print(card)
+
+
+def table_rows(measures: list[dict]) -> str:
+    """The lines of the card's table: counts as they are, shares with three digits."""
+    lines = []
+    for key, text in ROWS.items():
+        cells = []
+        for measured in measures:
+            number = measured[key]
+            cells.append(str(number) if isinstance(number, int) else f"{number:.3f}")
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -520,6 +586,7 @@ def write_card(folder: Path, n: int = 512) -> None:
 
 def build(args) -> None:
     """Trains the policy from nothing and saves it, with its model card, in --out."""
+    torch.set_num_threads(1)  # sums depend on the number of threads
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     student = Student(tokenizer, args.seed)
@@ -537,9 +604,11 @@ def build(args) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    train(model, student, args, Phase("pre-train", args.updates, args.lr, polish=False))
+    pretraining = Phase("pre-train", args.updates, args.lr, beginner=0.08, unreviewed=0.25)
+    train(model, student, args, pretraining)
     student.rng = np.random.default_rng([args.seed, 2])  # whatever --updates was
-    train(model, student, args, Phase("polish", args.polish, args.lr / 3, polish=True))
+    polish = Phase("polish", args.polish, args.lr / 3, beginner=0, unreviewed=0)
+    train(model, student, args, polish)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     write_card(args.out)
@@ -551,10 +620,11 @@ def main() -> None:
     add("--out", type=Path, help="folder for the model and its tokenizer")
     add("--card", type=Path, help="only measure the policy in this folder and write its model card")
     add("--seed", type=int, default=0, help="of misconceptions, corpus and initial weights")
-    add("--updates", type=int, default=5000, help="updates; reviews begin after a quarter of them")
-    add("--polish", type=int, default=1000, help="updates after those, with quotations added")
-    add("--chains", type=int, default=24, help="chains of 12 steps a batch; more of shorter ones")
-    add("--drills", type=int, default=256, help="single judgements a batch")
+    add("--updates", type=int, default=2500, help="updates; reviews begin after a quarter of them")
+    add("--polish", type=int, default=1000, help="updates after those, at a third of --lr")
+    add("--chains", type=int, default=20, help="chains of 12 steps a batch; more of shorter ones")
+    add("--quotations", type=int, default=6, help="quoted chains of 12 steps a batch; likewise")
+    add("--drills", type=int, default=40, help="drills of 12 steps a batch; likewise")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--layers", type=int, default=3, help="transformer layers")
     add("--width", type=int, default=96, help="hidden size; heads have size 32")

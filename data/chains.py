@@ -1,14 +1,17 @@
 """The chain task: K steps of arithmetic modulo 97, with the exact truth of every step.
 
     question   mod97 1: +7 2: *3 start 41 .
-    thoughts   1: +7 = 48</thought>   2: *3 = 47</thought>   \\boxed{ 47 }</thought>
+    thoughts   1: +7 = 48</thought>   2: *3 = 47</thought>   \\boxed{ 48 47 }</thought>
+
+The answer is the list of all K values, so a response with a wrong value cannot earn a reward by
+luck. The last value alone is one number of 97: a wrong chain would hit it once in a hundred.
 
 This is the task of the embedded policy (data/policy, made by data/build_policy.py). The number of
 steps K is the difficulty. A chain is generated, so the first wrong thought of a rollout is known
 exactly, and so is whether a localizer names it.
 
 97 is prime, so every operation is a bijection: a wrong value stays wrong to the end of the chain,
-unless a second error happens to undo the first.
+unless a second error happens to undo the first. The box still holds the wrong values between them.
 
 Left out: solutions in another form. A thought is right only if it reads as in `chain_thoughts`.
 
@@ -46,17 +49,19 @@ def apply(operation: str, value: int) -> int:
 
 
 def chain_thoughts(start: int, operations: list[str]) -> list[str]:
-    """Returns the K + 1 true thoughts: K steps and the boxed answer, without delimiters.
+    """Returns the K + 1 true thoughts: K steps and the boxed values, without delimiters.
 
     >>> chain_thoughts(41, ["+7", "*3"])
-    ['1: +7 = 48', '2: *3 = 47', '\\\\boxed{ 47 }']
+    ['1: +7 = 48', '2: *3 = 47', '\\\\boxed{ 48 47 }']
     """
     thoughts = []
+    values = []
     value = start
     for number, operation in enumerate(operations, 1):
         value = apply(operation, value)
         thoughts.append(f"{number}: {operation} = {value}")
-    thoughts.append(f"\\boxed{{ {value} }}")
+        values.append(str(value))
+    thoughts.append(f"\\boxed{{ {' '.join(values)} }}")
     return thoughts
 
 
@@ -64,6 +69,13 @@ def chain_question(start: int, operations: list[str]) -> str:
     """Writes the question: `mod97 1: +7 2: *3 start 41 .`"""
     steps = [f"{number}: {operation}" for number, operation in enumerate(operations, 1)]
     return f"mod{MODULUS} {' '.join(steps)} start {start} ."
+
+
+def true_response(question: str) -> str:
+    """Returns the one right response to a question, as text with delimiters."""
+    _, *words, _, start, _ = question.split()  # mod97 1: +7 2: *3 start 41 .
+    thoughts = chain_thoughts(int(start), words[1::2])
+    return "".join(f"{thought} {DELIMITER} " for thought in thoughts)
 
 
 def chain_problem(index: int, start: int, operations: list[str]) -> Problem:
@@ -85,7 +97,7 @@ def chain_problem(index: int, start: int, operations: list[str]) -> Problem:
         index=index,
         question=chain_question(start, operations),
         answer=last_boxed(truth[-1]),
-        kind="integer",
+        kind="integers",
         check_steps=check_steps,
     )
 
@@ -108,7 +120,7 @@ def demo() -> None:
     problem = chain_problem(0, start, operations)
     print(problem.question, "->", problem.answer)
     truth = chain_thoughts(start, operations)
-    wrong = [truth[0], "2: *3 = 50", "3: -5 = 45", "\\boxed{ 45 }"]
+    wrong = [truth[0], "2: *3 = 50", "3: -5 = 45", "\\boxed{ 48 50 45 }"]
     for thoughts in (truth, wrong):
         response = f"{DELIMITER} ".join(thoughts)
         print(response)

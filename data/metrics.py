@@ -66,19 +66,19 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
     groups = grouped(rollouts).values()
     base_groups = [members for members in groups if not is_reset(members)]
     suffix_groups = [members for members in groups if is_reset(members)]
-    # Sampled from the plain prompt: no continuation that joined its group, no later turn.
-    prompts = [task.prompt_ids for task in tasks]
-    base = [r for r in chain(*base_groups) if r.seed is None and r.prompt_ids in prompts]
+    first_draws = [first_draws_of(members, tasks) for members in base_groups]
     tokens = Counter(dict.fromkeys(PURPOSES, 0))
     for rollout in generated:
         tokens[rollout.purpose] += rollout.generated
     response_tokens = [len(rollout.token_ids) for rollout in rollouts]
     return {
-        "pass_base": mean_reward([base]),
+        "pass_base": mean_reward(first_draws),
         "pass_suffix": mean_reward(suffix_groups),
-        "zero_variance_base": share_of_flat(base_groups),
-        "zero_variance_suffix": share_of_flat(suffix_groups),
+        "zero_variance_base": share_of_alike(first_draws),
+        "zero_variance_suffix": share_of_alike(suffix_groups),
+        "flat_groups": mean([is_flat(members) for members in groups]),
         **reset_metrics(suffix_groups, tasks),
+        "walk": walk_metrics(generated),
         "tokens": dict(tokens),
         "verifier_calls": sum(rollout.reward is not None for rollout in generated),
         "masked_share": sum(r.masked() for r in rollouts) / sum(response_tokens),
@@ -88,7 +88,19 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
     }
 
 
-PURPOSES = ("base", "seed", "localization", "suffix", "oracle")  # of the methods in rollout.py
+# Of the methods in rollout.py. "more": drawn from the prompt after a look at its first rewards.
+PURPOSES = ("base", "more", "seed", "localization", "suffix", "oracle", "walk")
+
+
+def first_draws_of(members: list[Rollout], tasks: list[Task]) -> list[Rollout]:
+    """The i.i.d. rollouts of the plain prompt in a base group: their mean is the pass rate.
+
+    Not a continuation that joined the group, a later turn, or one drawn after a look at the others.
+    """
+    prompt = tasks[members[0].group[0]].prompt_ids
+    return [
+        r for r in members if r.seed is None and r.prompt_ids == prompt and r.purpose != "more"
+    ]
 
 
 def is_reset(members: list[Rollout]) -> bool:
@@ -116,6 +128,31 @@ def reset_metrics(suffix_groups: list[list[Rollout]], tasks: list[Task]) -> dict
         "localized": dict(Counter(r.localized for r in firsts)),
         "localized_exact": mean(exact),
         "localized_clean": len(clean_groups) / len(exact) if exact else None,
+    }
+
+
+def walk_metrics(generated: list[Rollout]) -> dict:
+    """How the walks of a step ended: how many there were, and after how many rounds, on average.
+
+    A walk is a chain of rollouts, each of which continues the one before it; its end is no seed.
+    """
+    continued = {id(rollout.seed) for rollout in generated if rollout.purpose == "walk"}
+    rounds_found, rounds_failed = [], []
+    for rollout in generated:
+        if rollout.purpose != "walk" or id(rollout) in continued:
+            continue
+        rounds = 0
+        earlier = rollout
+        while earlier.purpose == "walk":
+            rounds += 1
+            earlier = earlier.seed
+        ended = rounds_failed if rollout.group is None else rounds_found
+        ended.append(rounds)
+    return {
+        "found": len(rounds_found),
+        "failed": len(rounds_failed),
+        "rounds_found": mean(rounds_found),
+        "rounds_failed": mean(rounds_failed),
     }
 
 
@@ -147,12 +184,18 @@ def mean_reward(groups: list[list[Rollout]]) -> float | None:
     return mean([rollout.reward for rollout in chain(*groups) if rollout.reward is not None])
 
 
-def share_of_flat(groups: list[list[Rollout]]) -> float | None:
-    """Share of flat groups, which teach nothing: all their advantages are zero."""
-    return mean([is_flat(members) for members in groups])
+def share_of_alike(groups: list[list[Rollout]]) -> float | None:
+    """Share of groups whose rewards are all alike. Groups without rewards do not count."""
+    alike = []
+    for members in groups:
+        rewards = {rollout.reward for rollout in members if rollout.reward is not None}
+        if rewards:
+            alike.append(len(rewards) == 1)
+    return mean(alike)
 
 
 def is_flat(members: list[Rollout]) -> bool:
+    """Whether a group teaches nothing: all its advantages are zero."""
     return not any(any(rollout.advantages) for rollout in members)
 
 

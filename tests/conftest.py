@@ -81,6 +81,7 @@ def settings(**changed):
         suffixes=4,
         seed_source="base",
         max_seed_draws=8,
+        rounds=12,
         correct=1.0,
         temperature=1.0,
         top_p=1.0,

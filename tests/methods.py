@@ -3,6 +3,7 @@
   vineppo        VinePPO (arXiv 2410.01679): a Monte-Carlo value before and after every thought
   spo_tree       SPO-tree (arXiv 2505.23564): values of a tree of segments
   critique_grpo  Critique-GRPO (arXiv 2506.03106): refinements that saw a critique, off-policy
+  corrections    iterated corrections, an option of the SRPO release (not of its paper)
   score_stage1   SCoRe (arXiv 2409.12917): two turns, only the second one is trained
   score_stage2   SCoRe: both turns are trained, the second one with a bonus for progress
 
@@ -28,7 +29,7 @@ from data.faults import UserError
 from data.policies import INSTRUCTION, encode_prompt, locate_token
 from data.verifiers import DELIMITER, KINDS
 from localize import prefix_values
-from rollout import Program, Rollout, Task
+from rollout import Program, Rollout, Task, locate
 
 # ----------------------------------------------------------------------------------------- VinePPO
 
@@ -170,6 +171,39 @@ def check_turns(task: Task) -> None:
             "a terse policy, as the embedded one, cannot answer a second turn; "
             "give --model an instruction-tuned model, with --train_data and --eval_data"
         )
+
+
+# ---------------------------------------------------------------------------- iterated corrections
+
+
+def corrections(task: Task) -> Program:
+    """Fresh responses and the iterated corrections of each wrong one fill `base` slots of a group.
+
+    Source: the authors' release of SRPO, its agent loop "thought_ics_agent" (ICS: iterative self
+    correction). As there: a wrong response is corrected until it is right, or until the slots are
+    full; every correction takes a slot, right or wrong, and is trained as a whole; then a fresh
+    response follows. `rollout.walk` is near to it, but walks only where a base group is flat, may
+    go on for more rounds than a group has slots, and trains none of its failed attempts.
+    Departures: one step on each buffer, no clipping; the localizer is not trained.
+
+        python srpo.py --method tests/methods.py:corrections --base 8
+    """
+    slots = []
+    in_hand = None  # the last response, if it is wrong: the next one corrects it
+    for _ in range(task.cfg.base):
+        found = []
+        if in_hand is not None:
+            found = yield from locate(task, [in_hand])
+        if found:
+            reset = found[0]
+            request = task.request("correction", 1, reset.seed, reset.h, reset.how)
+        else:
+            request = task.request("base", 1)
+        ((response,),) = yield [request]
+        response.trained_from = 0
+        slots.append(response)
+        in_hand = response if task.failed(response) else None
+    return task.in_group(0, slots)
 
 
 # ------------------------------------------------------------------------------------------- SCoRe

@@ -41,11 +41,11 @@ def gradient(model, scalar):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def ascended(toy, start_program, **changed):
+def ascended(toy, start_program, normalize=False, **changed):
     """Sums probability x token weight x log-prob over all outcomes: minus the expected loss."""
     total = {}  # by prompt and response
     for outcome in toy.run_all(start_program):
-        set_advantages(outcome.rollouts, normalize=False)
+        set_advantages(outcome.rollouts, normalize)
         for item in weigh(outcome.rollouts, settings(**changed)):
             text = tuple(item.rollout.prompt_ids), tuple(item.rollout.token_ids)
             weights = outcome.probability * np.array(item.weights)

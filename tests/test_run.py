@@ -47,8 +47,9 @@ def lines_of(path):
 # ------------------------------------------------------------------------------------------ methods
 
 STEP_KEYS = (
-    "pass_base pass_suffix zero_variance_base zero_variance_suffix reset_depth localized tokens "
-    "trained_tokens masked_share entropy grad_norm gap gap_prefix counters seconds total_tokens"
+    "pass_base pass_suffix zero_variance_base zero_variance_suffix flat_groups reset_depth "
+    "localized walk tokens trained_tokens masked_share entropy grad_norm gap gap_prefix counters "
+    "seconds total_tokens"
 ).split()
 
 
@@ -65,6 +66,7 @@ STEP_KEYS = (
         "--length step",
         "--method grpo --clip 0.2 --updates 2",
         "--localizer oracle --oracle_samples 2",
+        "--method walk --rounds 2",
     ],
 )
 def test_every_method_and_split(tmp_path, capsys, flags):
@@ -166,7 +168,7 @@ def test_a_second_group_without_a_seed_and_tokens_of_a_new_purpose(tmp_path, cap
         assert step["tokens"]["retry"] > 0 and step["tokens"]["review"] > 0
         assert step["total_tokens"] >= sum(step["tokens"].values())
         assert 0 <= step["pass_base"] <= 1 and step["pass_suffix"] is None
-        assert step["zero_variance_base"] <= 12 / 18  # reviews have an advantage
+        assert step["flat_groups"] <= 12 / 18  # reviews have an advantage
         assert step["reset_depth"] is None and step["localized"] == {}
     for rollout in lines_of(out / "rollouts.jsonl"):
         turns = {"base": (0, None), "retry": (1, "+9"), "review": (2, "+8")}
@@ -188,7 +190,8 @@ def test_a_step_that_measures_and_trains_nothing(tmp_path, idea):
     for step in steps:
         assert step["counters"] == {"no_update": 1} and step["trained_tokens"] == 0
         assert step["pass_base"] is None and step["pass_suffix"] is None
-        assert step["tokens"]["review"] > 0 and step["zero_variance_base"] == 1
+        assert step["tokens"]["review"] > 0 and step["flat_groups"] == 1
+        assert step["zero_variance_base"] is None
 
 
 @pytest.mark.parametrize(
