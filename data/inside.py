@@ -1,8 +1,9 @@
 """What runs inside the sandbox: a small server that runs one program on several inputs.
 
 data/sandbox.py starts this file as process 1 of new namespaces, made by bubblewrap. The server
-reads one message, mounts a small scratch folder, gives up its last right, and runs the program
-once for each input, every time in a fresh copy of itself (a fork). The copy first gives up
+reads one message and runs the program once for each input, every time in a fresh copy of itself
+(a fork) with a fresh scratch folder. The copy first gives up
+  - the right to mount, the last one that bubblewrap leaves;
   - CPU time, memory, open files, and size of files and output, beyond limits;
   - system calls (seccomp, by libseccomp): no new processes (threads are fine), no new namespaces,
     no kernel memory that outlives a call (System V, keys), none of the kernel's large interfaces.
@@ -64,7 +65,7 @@ FAIL = 0x00050000  # plus the errno
 MASKED_EQUAL = 7
 
 # Options of mount and prctl, and the version of capset's structure.
-MS_NOSUID, MS_NODEV = 2, 4
+MS_NOSUID, MS_NODEV, MNT_DETACH = 2, 4, 2
 PR_SET_DUMPABLE = 4
 CAPABILITY_VERSION = 0x20080522
 
@@ -79,14 +80,17 @@ def main() -> None:
     with open(0, "rb", closefd=False) as file:
         message = json.loads(file.read())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 1 gets no signal that has no handler
-    give_up_rights()
+    if os.getpid() != 1:
+        raise SystemExit("not process 1 of a namespace of its own")
+    libc_call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody inside traces it or reads its memory
     filtered = call_filter()
     gc.freeze()  # copies do not tidy up what they share: 2 ms less for each
     end = time.monotonic() + message["all_seconds"]
     results = open(1, "wb", closefd=False)
     results.write(READY)
     results.flush()
-    for given in message["inputs"]:
+    for number, given in enumerate(message["inputs"]):
+        fresh_scratch(number)
         seconds = min(message["seconds"], end - time.monotonic())
         if seconds <= 0:
             break  # inputs that do not get a turn have no result
@@ -95,16 +99,12 @@ def main() -> None:
         results.flush()
 
 
-def give_up_rights() -> None:
-    """Mounts the scratch folder, then drops the right to mount; hides this process's memory."""
-    if os.getpid() != 1:
-        raise SystemExit("not process 1 of a namespace of its own")
+def fresh_scratch(number: int) -> None:
+    """Mounts an empty scratch folder, in place of that of the input before."""
+    if number > 0:
+        libc_call("umount2", SCRATCH.encode(), MNT_DETACH)
     flags = MS_NOSUID | MS_NODEV
     libc_call("mount", b"scratch", SCRATCH.encode(), b"tmpfs", flags, SCRATCH_LIMITS.encode())
-    os.chdir(SCRATCH)
-    no_rights = bytes(24)
-    libc_call("capset", struct.pack("=Ii", CAPABILITY_VERSION, 0), no_rights)
-    libc_call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # no ptrace, no reading of memory
 
 
 def libc_call(name: str, *args) -> None:
@@ -148,7 +148,7 @@ def run_copy(message: dict, given, seconds: float, filtered) -> tuple[int, bytes
 
 
 def give_up(filtered, seconds: float, stdin: int) -> None:
-    """Limits this process for the rest of its life; it reads stdin and prints nowhere."""
+    """Limits this process for the rest of its life; it reads stdin, and nobody reads it."""
     limits = {
         resource.RLIMIT_CPU: int(seconds) + 1,
         resource.RLIMIT_AS: MEMORY,
@@ -156,15 +156,19 @@ def give_up(filtered, seconds: float, stdin: int) -> None:
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: 100,
     }
+    os.chdir(SCRATCH)
+    no_rights = bytes(24)
+    libc_call("capset", struct.pack("=Ii", CAPABILITY_VERSION, 0), no_rights)
     for what, most in limits.items():
         resource.setrlimit(what, (most, most))
-    nowhere = os.open("/dev/null", os.O_WRONLY)
+    noise = os.memfd_create("noise")
     os.dup2(stdin, 0)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    os.dup2(noise, 1)
+    os.dup2(noise, 2)
     os.close(stdin)
-    os.close(nowhere)
+    os.close(noise)
     if libseccomp().seccomp_load(filtered) != 0:
         raise SystemExit("seccomp: the kernel refuses the filter")
     sys.setrecursionlimit(100_000)

@@ -74,8 +74,7 @@ def command() -> list[str]:
         libraries += [f"{prefix}/lib", f"{prefix}/lib64", f"{prefix}/pyvenv.cfg"]
     for path in libraries:
         words += ["--ro-bind-try", path, path]
-    for device in ("/dev/null", "/dev/urandom"):
-        words += ["--dev-bind", device, device]
+    # No devices: of those, root's programs could change the mode for the whole machine.
     words += ["--ro-bind", os.path.realpath(sys.executable), sys.executable]
     words += ["--ro-bind", inside.__file__, "/inside.py"]
     words += ["--dir", inside.SCRATCH, "--remount-ro", "/"]
