@@ -35,7 +35,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from data import inside
@@ -50,34 +50,23 @@ START_SECONDS = 20.0  # wall clock that a sandbox may take besides: a busy machi
 # ------------------------------------------------------------------------------ running programs
 
 
+NAMESPACES = "--unshare-user --unshare-all --uid 1000 --gid 1000 --cap-drop ALL"
+LIFE = "--die-with-parent --new-session --as-pid-1"
+LIBRARIES = "/usr/lib /usr/lib64 /usr/local/lib /lib /lib64 /etc/alternatives /etc/ld.so.cache"
+
+
 def command() -> list[str]:
     """Returns bubblewrap's command line; see `man bwrap`."""
-    words = [
-        shutil.which("bwrap") or "bwrap",
-        "--unshare-user",
-        "--unshare-all",
-        "--uid",
-        "1000",
-        "--gid",
-        "1000",
-    ]
-    words += ["--die-with-parent", "--new-session", "--as-pid-1"]
-    words += [
-        "--cap-drop",
-        "ALL",
-        "--cap-add",
-        "CAP_SYS_ADMIN",
-    ]  # dropped after the scratch's mount
-    libraries = ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64"]
-    libraries += ["/etc/alternatives", "/etc/ld.so.cache"]
+    words = [shutil.which("bwrap") or "bwrap", *NAMESPACES.split(), *LIFE.split()]
+    readable = LIBRARIES.split()
     for prefix in (sys.base_prefix, sys.prefix):
-        libraries += [f"{prefix}/lib", f"{prefix}/lib64", f"{prefix}/pyvenv.cfg"]
-    for path in libraries:
+        readable += [f"{prefix}/lib", f"{prefix}/lib64", f"{prefix}/pyvenv.cfg"]
+    for path in readable:
         words += ["--ro-bind-try", path, path]
-    # No devices: of those, root's programs could change the mode for the whole machine.
     words += ["--ro-bind", os.path.realpath(sys.executable), sys.executable]
     words += ["--ro-bind", inside.__file__, "/inside.py"]
-    words += ["--dir", inside.SCRATCH, "--remount-ro", "/"]
+    # No devices: a program of root's could change their mode for the whole machine.
+    words += ["--dir", "/empty", "--chdir", "/empty", "--remount-ro", "/"]
     return [*words, sys.executable, "-s", "-P", "/inside.py"]
 
 
@@ -124,7 +113,7 @@ class Sandbox:
         )
         self.timer = threading.Timer(PROGRAM_SECONDS + START_SECONDS, self.process.kill)
         self.timer.start()
-        with suppress(BrokenPipeError):  # `complaint` finds out
+        with suppress(BrokenPipeError):  # `wait_until_ready` says why
             self.process.stdin.write(json.dumps(message).encode())
             self.process.stdin.close()
 
@@ -139,17 +128,18 @@ class Sandbox:
             with suppress(BrokenPipeError):
                 pipe.close()
 
-    def complaint(self) -> str | None:
-        """Waits until the program is about to start. Returns why it cannot, or None."""
-        if self.process.stdout.read(len(READY)) == READY:
-            return None
-        lines = self.process.stderr.read(OUTPUT).decode("utf-8", "replace").splitlines()
-        return lines[-1] if lines else "it ended without a word"
+    def wait_until_ready(self) -> None:
+        """Raises OSError where the program cannot start."""
+        if self.process.stdout.read(len(READY)) != READY:
+            lines = self.process.stderr.read(OUTPUT).decode("utf-8", "replace").splitlines()
+            raise OSError(lines[-1] if lines else "it ended without a word")
 
     def result(self) -> Result | None:
         """Waits for the result of the next input. None: it did not get a turn."""
         header = self.process.stdout.read(HEADER.size)
         if len(header) < HEADER.size:
+            if self.process.wait() != 0:
+                count("sandbox_died")
             return None
         status, length = HEADER.unpack(header)
         return Result(status, self.process.stdout.read(min(length, OUTPUT)))
@@ -158,9 +148,7 @@ class Sandbox:
 def run(mode: str, inputs: list, seconds: float = SECONDS, **parts) -> Iterator[Result]:
     """Runs a program and yields one result for each input, fewer if the time is over."""
     with Sandbox(mode, inputs, seconds, **parts) as sandbox:
-        if sandbox.complaint():
-            count("sandbox_failed")
-            return
+        sandbox.wait_until_ready()
         for _ in inputs:
             result = sandbox.result()
             if result is None:
@@ -173,25 +161,38 @@ def passes_check(source: str, tests: dict, seconds: float = SECONDS) -> bool:
 
     The tests run in a judge's sandbox; its `candidate` calls the program's through two pipes.
     """
-    calls_read, calls_write = os.pipe()
-    answers_read, answers_write = os.pipe()
-    program_links = (calls_read, answers_write)
-    judge_links = (calls_write, answers_read)
-    name = tests["call"]
-    setup = tests.get("setup", "")
-    with (
-        Sandbox("serve", [None], seconds, program_links, source=source, name=name) as program,
-        Sandbox(
-            "judge", [None], seconds, judge_links, setup=setup, check=tests["check"], name=name
-        ) as judge,
-    ):
-        for fd in program_links + judge_links:
-            os.close(fd)
-        if program.complaint() or judge.complaint():
-            count("sandbox_failed")
-            return False
+    serving = {"source": source, "name": tests["call"]}
+    judging = {"setup": tests.get("setup", ""), "check": tests["check"], "name": tests["call"]}
+    with ExitStack() as ended:
+        with two_pipes() as (calls, answers):
+            links = (calls.read, answers.write)
+            program = ended.enter_context(Sandbox("serve", [None], seconds, links, **serving))
+            links = (calls.write, answers.read)
+            judge = ended.enter_context(Sandbox("judge", [None], seconds, links, **judging))
+        program.wait_until_ready()
+        judge.wait_until_ready()
         verdict = judge.result()
     return verdict is not None and verdict.output == PASSED
+
+
+@dataclass
+class Pipe:
+    """A pipe's two file descriptors."""
+
+    read: int
+    write: int
+
+
+@contextmanager
+def two_pipes() -> Iterator[tuple[Pipe, Pipe]]:
+    """Opens two pipes for sandboxes that start in the `with` block; this process keeps no end."""
+    pipes = Pipe(*os.pipe()), Pipe(*os.pipe())
+    try:
+        yield pipes
+    finally:
+        for pipe in pipes:
+            os.close(pipe.read)
+            os.close(pipe.write)
 
 
 # --------------------------------------------------------------------------- comparing with tests
@@ -206,17 +207,28 @@ def share_passed(source: str, tests: dict, seconds: float = SECONDS) -> float:
         {"call": name, "check": code, "setup": code}       code defines check(candidate)
     `setup` is code that the tests may use besides, such as the problem's prompt.
     """
-    if "check" in tests:
-        return float(passes_check(source, tests, seconds))
-    cases = tests.get("stdin") or tests["cases"]
-    inputs = [given for given, _ in cases]
-    wanted = [expected for _, expected in cases]
-    if "stdin" in tests:
-        results = run("script", inputs, seconds, source=source)
-        right = [prints(result, expected) for result, expected in zip(results, wanted)]
-    else:
-        results = run("call", inputs, seconds, source=source, name=tests["call"])
-        right = [result.output == canonical(expected) for result, expected in zip(results, wanted)]
+    try:
+        if "check" in tests:
+            return float(passes_check(source, tests, seconds))
+        if "stdin" in tests:
+            return share_printed(source, tests["stdin"], seconds)
+        return share_returned(source, tests["call"], tests["cases"], seconds)
+    except OSError:  # this machine has too little left to start a sandbox
+        count("sandbox_failed")
+        return 0.0
+
+
+def share_printed(source: str, cases: list, seconds: float) -> float:
+    """cases: [[input, output], ...]"""
+    results = run("script", [given for given, _ in cases], seconds, source=source)
+    right = [prints(result, expected) for result, (_, expected) in zip(results, cases)]
+    return sum(right) / len(cases)
+
+
+def share_returned(source: str, name: str, cases: list, seconds: float) -> float:
+    """cases: [[[args], result], ...]"""
+    results = run("call", [args for args, _ in cases], seconds, source=source, name=name)
+    right = [result.output == canonical(expected) for result, (_, expected) in zip(results, cases)]
     return sum(right) / len(cases)
 
 
@@ -258,7 +270,7 @@ def same_word(ours: str, theirs: str) -> bool:
 # ------------------------------------------------------------------------------- checking tests
 
 
-def check_tests(tests) -> str | None:
+def tests_complaint(tests) -> str | None:
     """Returns what is wrong with the tests of a problem, or None; see `share_passed`."""
     forms = [
         (("stdin",), check_stdin),
@@ -303,8 +315,8 @@ def check_cases(tests: dict) -> str | None:
             return f"case {number}: the arguments must be a list"
         try:
             canonical([args, expected])
-        except RecursionError:
-            return f"case {number}: nested too deeply"
+        except ValueError as fault:
+            return f"case {number}: {fault}"
     return None
 
 
@@ -354,12 +366,11 @@ def isolation() -> str:
         raise OSError(f"no sandbox on {sys.platform}")
     if shutil.which("bwrap") is None:
         raise OSError("bubblewrap is missing (apt-get install bubblewrap)")
-    with Sandbox("script", [""], SECONDS, source=PROBE) as sandbox:
-        complaint = sandbox.complaint()
-        if complaint:
-            raise OSError(f"bubblewrap does not work here ({complaint})")
-        result = sandbox.result()
-    if result is None or result.output != b"locked\n":
+    try:
+        results = list(run("script", [""], source=PROBE))
+    except OSError as fault:
+        raise OSError(f"bubblewrap does not work here ({fault})")
+    if [result.output for result in results] != [b"locked\n"]:
         raise OSError("a program in bubblewrap is not locked in")
     return "sandbox: bubblewrap, seccomp"
 

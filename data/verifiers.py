@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from data.faults import UserError, count, counters
-from data.sandbox import isolation, share_passed
+from data.sandbox import isolation, share_passed, tests_complaint
 
 DELIMITER = "</thought>"  # ends every thought of a response
 
@@ -278,15 +278,8 @@ def check_yes_no(record: dict) -> str | None:
 
 def check_tests(record: dict) -> str | None:
     """Says what is wrong with a record's `tests`; their three forms: see sandbox.share_passed."""
-    tests = record.get("tests")
-    if isinstance(tests, dict):
-        if tests.get("stdin"):
-            return None
-        if tests.get("call") and (tests.get("cases") or tests.get("check")):
-            return None
-    return (
-        "field 'tests' of a code problem is missing or empty; see share_passed in data/sandbox.py"
-    )
+    wrong = tests_complaint(record.get("tests"))
+    return f"field 'tests' of a code problem {wrong}" if wrong else None
 
 
 # -------------------------------------------------------------------------------- the machine
