@@ -56,8 +56,11 @@ LIBRARIES = "/usr/lib /usr/lib64 /usr/local/lib /lib /lib64 /etc/alternatives /e
 
 
 def command() -> list[str]:
-    """Returns bubblewrap's command line; see `man bwrap`."""
-    words = [shutil.which("bwrap") or "bwrap", *NAMESPACES.split(), *LIFE.split()]
+    """Returns bubblewrap's command line (`man bwrap`). Raises OSError where it is missing."""
+    bubblewrap = shutil.which("bwrap")
+    if bubblewrap is None:
+        raise OSError("bubblewrap is missing (apt-get install bubblewrap)")
+    words = [bubblewrap, *NAMESPACES.split(), *LIFE.split()]
     readable = LIBRARIES.split()
     for prefix in (sys.base_prefix, sys.prefix):
         readable += [f"{prefix}/lib", f"{prefix}/lib64", f"{prefix}/pyvenv.cfg"]
@@ -132,7 +135,8 @@ class Sandbox:
         """Raises OSError where the program cannot start."""
         if self.process.stdout.read(len(READY)) != READY:
             lines = self.process.stderr.read(OUTPUT).decode("utf-8", "replace").splitlines()
-            raise OSError(lines[-1] if lines else "it ended without a word")
+            reason = lines[-1] if lines else "it ended without a word"
+            raise OSError(f"bubblewrap does not work here ({reason})")
 
     def result(self) -> Result | None:
         """Waits for the result of the next input. None: it did not get a turn."""
@@ -270,7 +274,7 @@ def same_word(ours: str, theirs: str) -> bool:
 # ------------------------------------------------------------------------------- checking tests
 
 
-def tests_complaint(tests) -> str | None:
+def fault_of_tests(tests) -> str | None:
     """Returns what is wrong with the tests of a problem, or None; see `share_passed`."""
     forms = [
         (("stdin",), check_stdin),
@@ -364,12 +368,7 @@ def isolation() -> str:
     """Returns one line on what isolates programs here. Raises OSError where they would be free."""
     if sys.platform != "linux":
         raise OSError(f"no sandbox on {sys.platform}")
-    if shutil.which("bwrap") is None:
-        raise OSError("bubblewrap is missing (apt-get install bubblewrap)")
-    try:
-        results = list(run("script", [""], source=PROBE))
-    except OSError as fault:
-        raise OSError(f"bubblewrap does not work here ({fault})")
+    results = run("script", [""], source=PROBE)
     if [result.output for result in results] != [b"locked\n"]:
         raise OSError("a program in bubblewrap is not locked in")
     return "sandbox: bubblewrap, seccomp"
@@ -387,7 +386,7 @@ def demo() -> None:
         "print(open('/etc/passwd').read())",
     ]
     for program in programs:
-        print(share_passed(program, double, seconds=2), program)
+        print(share_passed(program, double, seconds=0.5), program)
 
 
 if __name__ == "__main__":

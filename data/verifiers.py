@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from data.faults import UserError, count, counters
-from data.sandbox import isolation, share_passed, tests_complaint
+from data.sandbox import fault_of_tests, isolation, share_passed
 
 DELIMITER = "</thought>"  # ends every thought of a response
 
@@ -278,7 +278,7 @@ def check_yes_no(record: dict) -> str | None:
 
 def check_tests(record: dict) -> str | None:
     """Says what is wrong with a record's `tests`; their three forms: see sandbox.share_passed."""
-    wrong = tests_complaint(record.get("tests"))
+    wrong = fault_of_tests(record.get("tests"))
     return f"field 'tests' of a code problem {wrong}" if wrong else None
 
 
