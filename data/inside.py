@@ -15,8 +15,9 @@ A copy works in one of four modes:
     judge   runs tests that are code, in a sandbox of their own; `candidate` asks a serving program
 
 A program shares its interpreter with `call` and `serve`: it can replace every function there, read
-every frame, and write what it likes where results are written. So nothing there knows what is
-expected or decides anything. All that a program can send is an answer, right or wrong.
+every frame (and so its other inputs), and write what it likes where results are written. So nothing
+there knows what is expected or decides anything: all that a program can send is an answer, right or
+wrong. It can also end or slow down its own server, which ends its own tests.
 
 Left out: programs that start programs or write files, results that are no plain values (iterators,
 objects), tests that pass functions.
@@ -114,10 +115,7 @@ def run_copy(message: dict, given, seconds: float, filtered) -> tuple[int, bytes
     handle = os.pidfd_open(copy)
     for fd in message["links"]:
         os.close(fd)  # a judge must see the end of a program that has ended
-    end = select.poll()
-    end.register(handle, select.POLLIN)
-    end.register(1, 0)  # nobody waits for results any more
-    end.poll(1000 * seconds)
+    select.select([handle], [], [], seconds)  # until it ends, or that long
     os.kill(copy, signal.SIGKILL)  # nothing to one that has ended
     _, status = os.waitpid(copy, 0)
     written = os.pread(result, OUTPUT, 0)

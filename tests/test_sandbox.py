@@ -353,7 +353,8 @@ import ctypes, errno, os, sys
 def call(name, *args):
     number = ctypes.CDLL("libseccomp.so.2").seccomp_syscall_resolve_name(name.encode())
     assert number >= 0
-    value = ctypes.CDLL(None, use_errno=True).syscall(number, *args)
+    whole = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    value = ctypes.CDLL(None, use_errno=True).syscall(number, *whole)
     if value < 0:
         raise OSError(ctypes.get_errno(), "")
     return value
@@ -635,9 +636,7 @@ def test_memory_and_output_are_bounded():
         queue: "EMFILE",
         "fd = os.memfd_create('x'); os.write(fd, b'x' * (2 << 20)); os.write(fd, b'x')": "EFBIG",
         "os.ftruncate(os.memfd_create('x'), 2 << 20)": "EFBIG",
-        "call('fallocate', os.memfd_create('x'), 1, ctypes.c_long(0), ctypes.c_long(9 << 20))": (
-            "EFBIG"
-        ),
+        "call('fallocate', os.memfd_create('x'), 1, 0, 9 << 20)": ("EFBIG"),
         "ctypes.string_at(0)": -signal.SIGSEGV,
     }
     for (attack, bound), outcome in zip(attacks.items(), attempts(list(attacks)), strict=True):
