@@ -64,7 +64,7 @@ MASKED_EQUAL = 7
 
 PR_SET_DUMPABLE = 4
 
-LEVELS = 100
+LEVELS = 100  # containers inside each other, at most
 
 HEADER = struct.Struct("=iI")  # before each result: exit status, length in bytes
 

@@ -1,27 +1,28 @@
 """Runs model-written Python programs against tests, where they can neither do harm nor cheat.
 
-A program runs in namespaces of its own that bubblewrap (`bwrap`) makes: it sees no process, no
-network, no shared memory and no file but Python's own and the system's libraries, all read-only,
-and an empty folder in memory (16 MiB, 1000 files) that is gone when it ends. Nothing of it outlives
-this process: bubblewrap dies with its parent, and all that is inside with bubblewrap. What
-namespaces do not limit (CPU time, memory, output, new processes, and the system calls for which
-memory is not counted) the inside gives up itself: see data/inside.py.
+A program runs in namespaces of its own that bubblewrap (`bwrap`) makes: it sees no other process,
+no network, no shared memory, no device, and no file but Python's own and the system's libraries.
+Nothing there can be written; the environment is new. Nothing outlives this process: bubblewrap dies
+with its parent, and all that is inside with bubblewrap. What namespaces do not limit (CPU time,
+memory, output, new processes, system calls that take memory which no limit counts) a program's
+process gives up itself, before it starts: see data/inside.py.
 
-A machine where this does not work runs no programs at all, and `isolation` says so in one line:
-  - no bubblewrap or libseccomp:  apt-get install bubblewrap libseccomp2
-  - containers without user namespaces: Docker and Kubernetes with their default seccomp profile;
-    for Docker, `--security-opt seccomp=unconfined` allows them
-  - hosts that restrict them: Ubuntu 24.04 (AppArmor; `kernel.apparmor_restrict_unprivileged_userns`
-    or a profile for bwrap), `kernel.unprivileged_userns_clone=0`, `user.max_user_namespaces=0`
+A machine where this does not work runs no programs at all, and `isolation` says why in one line:
+  - no bubblewrap or no libseccomp: `apt-get install bubblewrap libseccomp2`
+  - a container that may not make user namespaces, such as Docker's and Kubernetes' default:
+    start Docker with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined`
+  - a host that restricts them: Ubuntu 24.04 (`kernel.apparmor_restrict_unprivileged_userns=1`, and
+    no AppArmor profile for bwrap), `kernel.unprivileged_userns_clone=0`,
+    `user.max_user_namespaces=0`
   - anything but Linux 5.3 or newer
 
 The expected results never enter a program's sandbox. Outputs, and returned values in canonical
-form, come back as bytes and are compared here as bytes: nothing that a program sends is parsed in
-this process. Tests that are code (asserts) run in a second sandbox, whose `candidate` asks the
-first one.
+form, come back as bytes of limited length and are compared here as bytes and words: nothing that a
+program sends is parsed in this process. Tests that are code (asserts) run in a second sandbox,
+whose `candidate` asks the first one.
 
-Left out: other languages, tests that need an interactive judge, and a limit on the number of
-threads beside the one on memory.
+Left out: other languages, tests that need an interactive judge, files that programs write (an empty
+file costs the kernel memory that no limit counts), and a limit on threads besides that on memory.
 
 Try it alone:  python -m data.sandbox        # what isolates here; right, wrong and hostile programs
 """
@@ -48,7 +49,6 @@ START_SECONDS = 20.0  # wall clock that a sandbox may take besides: a busy machi
 
 
 # ------------------------------------------------------------------------------ running programs
-
 
 NAMESPACES = "--unshare-user --unshare-all --uid 1000 --gid 1000 --cap-drop ALL"
 LIFE = "--die-with-parent --new-session --as-pid-1"
@@ -115,6 +115,7 @@ class Sandbox:
             start_new_session=True,  # Ctrl-C in a terminal does not reach it
         )
         self.timer = threading.Timer(PROGRAM_SECONDS + START_SECONDS, self.process.kill)
+        self.timer.daemon = True
         self.timer.start()
         with suppress(BrokenPipeError):  # `wait_until_ready` says why
             self.process.stdin.write(json.dumps(message).encode())
