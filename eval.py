@@ -583,7 +583,7 @@ def add_commands(commands) -> None:
     add("runs", nargs="+", type=Path, help="run directories")
     add("--out", type=Path, help="page to write (default: report.html in the first run)")
     help = "size of the page, at most; names what is cut"
-    add("--megabytes", type=number(float, 0.05, 10**4), default=20, help=help)
+    add("--megabytes", type=number(float, 0.01, 10**4), default=20, help=help)
 
 
 def add_sampling(command, problems: int | None, temperature: float) -> None:

@@ -55,6 +55,7 @@ NUMBERS = (
     "eval_pass_rate pass_base pass_suffix localized_exact trained_tokens response_tokens"
 ).split()
 TABLES = ("tokens", "seconds", "counters", "localized", "finish")
+HUGE = 1e300  # an integer of a file may have thousands of digits, which no float holds
 
 
 def check_run(run: Run) -> None:
@@ -78,12 +79,13 @@ def is_step_line(line: dict) -> bool:
         values += table.values()
     if not has_types(line, {"step": int, "total_tokens": int}):
         return False
-    return all(x is None or isinstance(x, (int, float)) for x in values)
+    values += [line["step"], line["total_tokens"]]
+    return all(x is None or isinstance(x, int | float) and not abs(x) > HUGE for x in values)
 
 
 def evaluations(lines: list[dict]) -> list[dict]:
     """The step lines that hold a held-out pass rate."""
-    return [line for line in lines if "eval_pass_rate" in line]
+    return [line for line in lines if line.get("eval_pass_rate") is not None]
 
 
 # ---------------------------------------------------------------------------------- statistics
@@ -283,7 +285,8 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
     first = panels[axes[0]]
     first.set(ylabel="held-out pass rate", ylim=(0, None))
     first.legend(fontsize=8, loc="upper left")
-    figure.savefig(out, dpi=130)
+    # Without the format, matplotlib writes a name without a suffix elsewhere
+    figure.savefig(out, dpi=130, format=out.suffix.removeprefix(".") or "png")
     plt.close(figure)
 
 

@@ -23,11 +23,15 @@ from tempfile import TemporaryFile
 from data.faults import UserError
 
 
-def parse(text: str | bytes, place: str | Path):
-    """Returns the value of a JSON text. Raises UserError; `place` says where the text stands."""
+def parse(text: str | bytes, place: str | Path, halves: bool = False):
+    """Returns the value of a JSON text. Raises UserError; `place` says where the text stands.
+
+    halves: its texts may hold halves of surrogate pairs.
+    """
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair
+        if not halves:
+            json.dumps(value, ensure_ascii=False).encode()  # fails where there is one
     except json.JSONDecodeError as fault:
         reason = f"not JSON ({fault.msg})"
     except UnicodeEncodeError:

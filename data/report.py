@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.curves import check_run, evaluations, has_types
+from data.curves import HUGE, check_run, evaluations, has_types
 from data.faults import UserError
 from data.lines import parse
 from data.runs import Run, name_of, read_run
@@ -165,7 +165,7 @@ def embedded(data) -> str:
 
 def rounded(x: float | None) -> float | None:
     """A number in 6 digits; None for what JSON cannot hold."""
-    if x is None or not abs(x) < 1e300:
+    if x is None or not abs(x) < HUGE:
         return None
     return float(f"{x:.6g}")
 
@@ -319,7 +319,7 @@ def step_places(path: Path) -> dict[int, Place]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                record = parse(line, f"{path}, line {number}")
+                record = parse(line, f"{path}, line {number}", halves=True)
                 if not is_rollout(record):
                     raise UserError(f"{path}, line {number}: no rollout of srpo.py; remove it")
                 step = record["step"]

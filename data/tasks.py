@@ -80,7 +80,10 @@ def restore_step_checks(problems: list[Problem], source: str) -> None:
             continue
         key = (origin.task, origin.seed)
         if key not in generated:
-            generated[key] = generate(*key) or []
+            try:
+                generated[key] = generate(*key) or []
+            except UserError as fault:
+                raise UserError(f"{source}, problem {problem.index + 1}: {fault}")
         again = generated[key][origin.index : origin.index + 1]
         if not again or again[0].to_json() != problem.to_json():
             raise UserError(
