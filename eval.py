@@ -155,7 +155,8 @@ def command_benchmark(args) -> None:
 
     Samples n responses to every problem, in one process or under torchrun. Writes to --out: every
     response (SET.jsonl), results.json, and the problems without a right response, as a data file
-    (unsolved-SET.jsonl). The same command goes on where it stopped.
+    (unsolved-SET.jsonl). The same command goes on where it stopped. Generated problems are those
+    on which a run with this --seed is evaluated: to train on unsolved ones, take another --seed.
     """
     if args.compare:
         return compare(*args.compare)
@@ -183,6 +184,10 @@ def command_benchmark(args) -> None:
         sample_into(path, todo, policy.engine, args)
         if rank() == 0:
             done = finished_problems(path, args.samples)
+            if done.keys() != {problem.index for problem in problems}:
+                raise UserError(
+                    f"{path}: something else wrote there, too; remove it, and start again"
+                )
             results[name] = summary(done, args.samples)
             write_unsolved(out / f"unsolved-{name}.jsonl", problems, done)
     if rank() == 0:
@@ -232,8 +237,8 @@ def write_unsolved(path: Path, problems: list[Problem], done: dict[int, list[dic
         return
     write_lines(path, [problem.to_json() for problem in kept])
     print(
-        f"{path}: the {len(kept)} of {len(problems)} problems without a right response, "
-        "for --train_data and --eval_data"
+        f"{path}: the {len(kept)} of {len(problems)} problems without a right response, as a data "
+        "file; chance selects too: measure it with another --seed before you believe a pass rate"
     )
 
 

@@ -7,6 +7,9 @@
     english-2-4    the same with 2 to 4 operations
     path/to/file   problems as JSON lines                                     data/problems.py
 
+A generated problem that stands in a file (`eval.py benchmark` writes those that a policy never
+solved) is generated again when it is read, for its step checker.
+
 Left out: downloads. `data/prepare.py` makes files of public sets.
 
 Try it alone:  python -m data.tasks                    # one problem of each generated task
@@ -37,7 +40,7 @@ def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
         return problems
     if not os.path.isfile(source):
         raise UserError(
-            f"{source}: no such data file; "
+            f"{source[:200]}: no such data file; "
             "give a JSON-lines file, or a generated task (chain-12 or english-2-4, say)"
         )
     problems = read_problems(source)
