@@ -7,20 +7,23 @@
     english-2-4    the same with 2 to 4 operations
     path/to/file   problems as JSON lines                                     data/problems.py
 
+A generated problem that stands in a file (`eval.py benchmark` writes those that a policy never
+solved) is generated again when it is read, for its step checker.
+
 Left out: downloads. `data/prepare.py` makes files of public sets.
 
 Try it alone:  python -m data.tasks                    # one problem of each generated task
                python -m data.tasks english-2-4        # problems of one task or file
 """
 
+import os
 import re
 import sys
-from pathlib import Path
 
 from data.chains import MAX_STEPS, generate_chains
 from data.english import generate_english
 from data.faults import UserError
-from data.problems import Problem, read_problems
+from data.problems import Origin, Problem, read_problems
 
 # For messages and help texts.
 GENERATED = "chain-K (K steps, for the embedded policy) or english-K-L (K to L steps in English)"
@@ -32,25 +35,66 @@ def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
     `seed` is the random seed of generated problems; a file ignores `seed` and `n`.
     Raises UserError for an unknown name, or with file and line of the first bad problem.
     """
-    if re.fullmatch(r"chain-\d+", source):
-        steps = int(source.removeprefix("chain-"))
+    problems = generate(source, seed, n)
+    if problems is not None:
+        return problems
+    if not os.path.isfile(source):
+        raise UserError(
+            f"{source[:200]}: no such data file; "
+            "give a JSON-lines file, or a generated task (chain-12 or english-2-4, say)"
+        )
+    problems = read_problems(source)
+    restore_step_checks(problems, source)
+    return problems
+
+
+def generate(source: str, seed: int, n: int = 4096) -> list[Problem] | None:
+    """Returns n problems of a generated task, each with its origin; None for another name."""
+    chain = re.fullmatch(r"chain-(\d{1,4})", source)
+    english = re.fullmatch(r"english-(\d{1,4})(?:-(\d{1,4}))?", source)
+    if chain:
+        steps = int(chain[1])
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(
                 f"{source}: the embedded policy knows chains of 1 to {MAX_STEPS} steps; "
                 "ask for one of those"
             )
-        return generate_chains(steps, n, seed)
-    english = re.fullmatch(r"english-(\d+)(?:-(\d+))?", source)
-    if english:
+        problems = generate_chains(steps, n, seed)
+    elif english:
         low = int(english[1])
         high = int(english[2] or low)
-        return generate_english(low, high, n, seed)
-    if not Path(source).is_file():
-        raise UserError(
-            f"{source}: no such data file; "
-            "give a JSON-lines file, or a generated task (chain-12 or english-2-4, say)"
-        )
-    return read_problems(source)
+        problems = generate_english(low, high, n, seed)
+    else:
+        return None
+    for problem in problems:
+        problem.origin = Origin(source, seed, problem.index)
+    return problems
+
+
+def restore_step_checks(problems: list[Problem], source: str) -> None:
+    """Gives the generated problems of a file their step checkers again, in place.
+
+    Each is generated once more, and must come out as the file has it.
+    """
+    generated = {}
+    for problem in problems:
+        origin = problem.origin
+        if origin is None:
+            continue
+        key = (origin.task, origin.seed)
+        if key not in generated:
+            try:
+                generated[key] = generate(*key) or []
+            except UserError as fault:
+                raise UserError(f"{source}, problem {problem.index + 1}: {fault}")
+        again = generated[key][origin.index : origin.index + 1]
+        if not again or again[0].to_json() != problem.to_json():
+            raise UserError(
+                f"{source}: problem {problem.index + 1} is not number {origin.index} of "
+                f"{origin.task[:40]} with seed {origin.seed}, as its field 'generated' says; "
+                "remove that field (it then has no step checker)"
+            )
+        problem.check_steps = again[0].check_steps
 
 
 def demo(sources: list[str]) -> None:

@@ -21,9 +21,9 @@ from conftest import ROOT
 
 LAYERS = [
     ["data/faults.py", "data/inside.py"],
-    ["data/sandbox.py"],
+    ["data/lines.py", "data/sandbox.py"],
     ["data/verifiers.py", "data/parallel.py"],
-    ["data/problems.py", "data/driver.py"],
+    ["data/labelled.py", "data/problems.py", "data/driver.py"],
     ["data/chains.py", "data/english.py", "data/policies.py"],
     ["data/tasks.py", "data/thoughts.py"],
     # the record, the programs, the engines
