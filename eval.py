@@ -36,12 +36,16 @@ from data.curves import (
     response_record,
     share,
     summary,
+    unsolved,
     write_curves,
 )
 from data.driver import run_programs
 from data.faults import UserError, counters
+from data.labelled import is_labelled, load_labelled, sample_labelled
+from data.lines import write_lines, write_text
 from data.parallel import connect, disconnect, on_main, processes, rank
 from data.policies import encode_all, encode_prompt, load_policy
+from data.problems import Problem, digest
 from data.runs import append
 from data.tasks import GENERATED, load_problems
 from data.verifiers import check_machine
@@ -104,8 +108,12 @@ class Policy:
     engine: object
     context: int  # longest sequence, tokens
 
-    def tasks(self, problems, args, **settings) -> list[Task]:
-        """Tasks for measuring, with the seed and the length limits of the command line."""
+    def tasks(self, problems, args, source: str, **settings) -> list[Task]:
+        """Tasks for measuring, with the seed and the length limits of the command line.
+
+        Raises UserError where a prompt does not fit the context; source: what the problems are of.
+        """
+        encode_all(self.tokenizer, problems, self.context, source)
         for key in (*LENGTHS, "localize_tokens"):
             settings[key] = getattr(args, key)
         return make_tasks(problems, self.engine, self.context, args.seed, **settings)
@@ -123,56 +131,71 @@ def open_policy(args) -> Policy:
     return Policy(tokenizer, engine, context)
 
 
-def held_out(data: str, args) -> list:
-    """The first --problems problems of a file, or of a generated task (never those of training)."""
-    return load_problems(data, seed=10**6 + args.seed)[: args.problems]
+def held_out(data: str, args, at_most: int | None = None) -> list[Problem]:
+    """The first --problems problems of a file, or of a generated task (never those of training).
+
+    Raises UserError where this machine cannot grade them. at_most: where --problems is not given.
+    """
+    problems = load_problems(data, seed=10**6 + args.seed)[: args.problems or at_most]
+    isolation = check_machine(problems)
+    if isolation and rank() == 0:
+        print(isolation)
+    return problems
 
 
 # ---------------------------------------------------------------------------------- benchmarks
 
-# Responses depend on these: a folder holds the responses of one choice
-SETTINGS = ("model", "samples", "temperature", "seed", "problems", *LENGTHS)
+# Responses depend on these, and on the problems, by whose content files are named: a folder holds
+# the responses of one choice
+SETTINGS = ("model", "samples", "temperature", "seed", *LENGTHS)
 
 
 def command_benchmark(args) -> None:
     """mean@n and pass@k of a policy on data sets, or the difference of two such results.
 
-    Samples n responses to every problem, in one process or under torchrun. Writes every response
-    (SET.jsonl) and results.json to --out; the same command goes on where it stopped.
+    Samples n responses to every problem, in one process or under torchrun. Writes to --out: every
+    response (SET.jsonl), results.json, and the problems without a right response, as a data file
+    (unsolved-SET.jsonl). The same command goes on where it stopped. Generated problems are those
+    on which a run with this --seed is evaluated: to train on unsolved ones, take another --seed.
     """
     if args.compare:
         return compare(*args.compare)
     check_benchmark(args)
-    sets = {Path(data).stem: held_out(data, args) for data in args.data}
-    isolation = check_machine(list(chain(*sets.values())))
-    if isolation and rank() == 0:
-        print(isolation)
+    sets = {}
+    for data in args.data:
+        problems = held_out(data, args)
+        sets[f"{Path(data).stem[:50]}-{digest(problems)}"] = problems
     settings = {key: getattr(args, key) for key in SETTINGS}
     folder = f"{Path(args.model).name}-n{args.samples}-T{args.temperature}-seed{args.seed}"
     out = args.out or Path("benchmarks") / folder
     connect()  # on_main needs the connection to the other processes
     on_main(check_settings, out, settings)
     policy = open_policy(args)
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "settings.json").write_text(json.dumps(settings, indent=1))
+    tasks = {}
+    for name, problems in sets.items():
+        tasks[name] = policy.tasks(problems, args, name, temperature=args.temperature)
+    on_main(write_text, out / "settings.json", json.dumps(settings, indent=1))
     results = {}
     for name, problems in sets.items():
         path = out / f"{name}.jsonl"
-        encode_all(policy.tokenizer, problems, policy.context, name)  # do all prompts fit?
-        tasks = policy.tasks(problems, args, temperature=args.temperature)
         # Only the first process touches the file: the others are told what it holds
         done = on_main(finished_problems, path, args.samples)
-        todo = [task for task in tasks if task.problem.index not in done]
+        todo = [task for task in tasks[name] if task.problem.index not in done]
         sample_into(path, todo, policy.engine, args)
         if rank() == 0:
-            results[name] = summary(finished_problems(path, args.samples), args.samples)
+            done = finished_problems(path, args.samples)
+            if done.keys() != {problem.index for problem in problems}:
+                raise UserError(
+                    f"{path}: something else wrote there, too; remove it, and start again"
+                )
+            results[name] = summary(done, args.samples)
+            write_unsolved(out / f"unsolved-{name}.jsonl", problems, done)
     if rank() == 0:
         content = {"settings": settings, "results": results}
-        (out / "results.json").write_text(json.dumps(content, indent=1))
+        write_text(out / "results.json", json.dumps(content, indent=1))
         print(benchmark_table(results, args.samples))
         print("± is half a 95% interval over problems; tokens and seconds are per problem")
-        print(f"{out}/results.json, and every rollout in {out}/*.jsonl")
+        print(f"{out}/results.json, and every response in {out}/SET.jsonl")
 
 
 def check_benchmark(args) -> None:
@@ -182,8 +205,6 @@ def check_benchmark(args) -> None:
             f"benchmark needs --data FILE [FILE...] (JSON lines, or {GENERATED}), "
             "or --compare A.json B.json"
         )
-    if args.samples < 1 or args.temperature < 0:
-        raise UserError("--n must be at least 1, and --temperature must not be negative")
     if args.samples > 1 and args.temperature == 0:
         raise UserError(
             "--n above 1 needs --temperature above 0: greedy responses are all the same"
@@ -208,6 +229,19 @@ def sample_into(path: Path, todo: list[Task], engine, args) -> None:
             append(path, records)
 
 
+def write_unsolved(path: Path, problems: list[Problem], done: dict[int, list[dict]]) -> None:
+    """Writes the problems that no response solved as a data file, and says how many there are."""
+    kept = unsolved(problems, done)
+    if not kept:
+        print(f"{path.stem}: none of {len(problems)} problems")
+        return
+    write_lines(path, [problem.to_json() for problem in kept])
+    print(
+        f"{path}: the {len(kept)} of {len(problems)} problems without a right response, as a data "
+        "file; chance selects too: measure it with another --seed before you believe a pass rate"
+    )
+
+
 # -------------------------------------------------------------------------------- localization
 
 
@@ -216,43 +250,26 @@ def command_localization(args) -> None:
 
     On labelled solutions (ProcessBench, see data/prepare.py), or on failures of its own.
     """
-    policy = open_policy(args)
     if is_labelled(args.data):
-        result = on_labelled(load_labelled(args.data)[: args.problems], policy, args)
+        records = load_labelled(args.data)
+        chosen = sample_labelled(records, args.problems, args.seed)
+        drawn = "drawn by --seed, with the file's share of erroneous ones"
+        result = {"solutions": f"{len(chosen)} of {len(records)}; fewer than all are {drawn}"}
+        result |= on_labelled(chosen, open_policy(args), args)
     else:
-        problems = held_out(args.data, args)
+        problems = held_out(args.data, args, at_most=512)
+        policy = open_policy(args)
         reference = by_verifier if all(p.check_steps for p in problems) else by_oracle
         oracle = dict(oracle_samples=8, oracle_tau=0.1)  # srpo.py's defaults
-        tasks = policy.tasks(problems, args, localize_temperature=args.temperature, **oracle)
+        tasks = policy.tasks(
+            problems, args, args.data, localize_temperature=args.temperature, **oracle
+        )
         result = on_own_failures(tasks, policy.engine, reference)
     if rank() > 0:
         return
     print(f"{args.model} on {args.data}; counters {dict(counters)}")
     for name, value in result.items():
         print(f"{name}: {value}")
-
-
-def is_labelled(source: str) -> bool:
-    """True for a file of solutions with labels, False for problems."""
-    path = Path(source)
-    return path.is_file() and '"label"' in path.open(encoding="utf-8").readline()
-
-
-def load_labelled(source: str) -> list[dict]:
-    """Records with question, steps (H texts), and label: 0-based first wrong step, -1 for none.
-
-    Raises UserError naming the first line that is something else.
-    """
-    records = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
-    for number, record in enumerate(records, 1):
-        steps, label = record.get("steps"), record.get("label")
-        has_steps = isinstance(steps, list) and len(steps) > 0
-        if not has_steps or not isinstance(label, int) or not -1 <= label < len(steps):
-            raise UserError(
-                f"{source}, line {number}: needs steps (a list of texts) and label "
-                "(-1, or a 0-based index into them)"
-            )
-    return records
 
 
 def on_labelled(records: list[dict], policy: Policy, args) -> dict[str, str]:
@@ -396,8 +413,8 @@ def command_self_correct(args) -> None:
 
     Beside it restarts from the prompt (best-of-n); both by round and at equal generated tokens.
     """
-    policy = open_policy(args)
     problems = held_out(args.data, args)
+    policy = open_policy(args)
     resets = correction_curve(problems, policy, args, reset=True)
     restarts = correction_curve(problems, policy, args, reset=False)
     rows = []
@@ -432,7 +449,8 @@ class CorrectionCurve:
 
 def correction_curve(problems, policy: Policy, args, reset: bool) -> CorrectionCurve:
     """Runs self_correct on every problem."""
-    tasks = policy.tasks(problems, args, temperature=args.temperature, localize_fallback="random")
+    settings = dict(temperature=args.temperature, localize_fallback="random")
+    tasks = policy.tasks(problems, args, args.data, **settings)
     programs = [self_correct(task, args.rounds, args.judge, reset) for task in tasks]
     traces = run_programs(programs, policy.engine).results
     right, tokens = [], []
@@ -488,8 +506,44 @@ def command_report(args) -> None:
     write_report(args.runs, args.out or args.runs[0] / "report.html", args.megabytes)
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a command line that is wrong in one line, like any other fault."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; {self.prog} --help lists what there is")
+
+
+def number(kind: type, low: float, high: float = 10**9):
+    """A type of flags: a number of this kind from low to high."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")  # is in no range
+        if not low <= value <= high:
+            wanted = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted} from {low} to {high}")
+        return value
+
+    return read
+
+
+POSITIVE = number(int, 1)
+NOT_NEGATIVE = number(int, 0)
+SHARE = number(float, 0, 1)
+
+
+def temperature_of(text: str) -> float:
+    """A type of flags. Logits overflow below 0.01, and vLLM rounds up to it."""
+    value = number(float, 0, 100)(text)
+    if 0 < value < 0.01:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too small; use 0, or at least 0.01")
+    return value
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Measures policies and draws runs of srpo.py.")
+    parser = Parser(description="Measures policies and draws runs of srpo.py.")
     add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
     args = parser.parse_args(argv)
     args.function(args)
@@ -510,45 +564,47 @@ def add_commands(commands) -> None:
     add = command.add_argument
     add("--data", nargs="+", help=f"JSON-lines files, or {GENERATED}")
     help = "responses per problem (under torchrun write --samples: it takes --n for its own)"
-    add("--n", "--samples", dest="samples", type=int, default=1, help=help)
+    add("--n", "--samples", dest="samples", type=number(int, 1, 10**4), default=1, help=help)
     add("--out", type=Path, help="folder of the results (default: under benchmarks/)")
     add("--compare", nargs=2, type=Path, metavar="RESULTS", help="two results.json")
 
     command = add_command(commands, command_localization)
-    add_sampling(command, problems=512, temperature=0.3)
+    add_sampling(command, problems=None, temperature=0.3)
     command.add_argument("--data", default="chain-12", help="processbench.jsonl, or any problems")
 
     command = add_command(commands, command_self_correct)
     add_sampling(command, problems=256, temperature=1.0)
     add = command.add_argument
     add("--data", default="chain-12", help=f"JSON-lines file, or {GENERATED}")
-    add("--rounds", type=int, default=8, help="corrections, at most")
+    add("--rounds", type=number(int, 0, 10**4), default=8, help="corrections, at most")
     add("--judge", choices=["verifier", "self"], default="verifier", help="says when to stop")
 
     add = add_command(commands, command_curves).add_argument
     add("runs", nargs="+", type=Path, help="run directories")
-    add("--target", type=float, default=0.5, help="pass rate of the time-to-target columns")
+    add("--target", type=SHARE, default=0.5, help="pass rate of the time-to-target columns")
     add("--out", type=Path, help="picture to write (default: curves.png in the first run)")
 
     add = add_command(commands, command_report).add_argument
     add("runs", nargs="+", type=Path, help="run directories")
     add("--out", type=Path, help="page to write (default: report.html in the first run)")
-    add("--megabytes", type=float, default=20, help="size of the page, at most; names what is cut")
+    help = "size of the page, at most; names what is cut"
+    add("--megabytes", type=number(float, 0.01, 10**4), default=20, help=help)
 
 
 def add_sampling(command, problems: int | None, temperature: float) -> None:
     """The options of commands that sample from a policy, with their own two defaults."""
     add = command.add_argument
     add("--model", default="embedded", help="folder or hub id; embedded: data/policy")
-    add("--problems", type=int, default=problems, help="problems of each file, at most")
+    help = "problems of each file, at most (localization: drawn from labelled data; else 512)"
+    add("--problems", type=POSITIVE, default=problems, help=help)
     help = "of the responses, or of the reviews in localization; 0 is greedy"
-    add("--temperature", type=float, default=temperature, help=help)
-    add("--seed", type=int, default=0, help="of the sampling, and of generated problems")
+    add("--temperature", type=temperature_of, default=temperature, help=help)
+    add("--seed", type=NOT_NEGATIVE, default=0, help="of the sampling, and of generated problems")
     add("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
-    add("--max_rows", type=int, default=512, help="rows that a process samples at once")
-    add("--max_thoughts", type=int, default=20, help="thoughts in a response, at most")
-    add("--max_tokens_per_thought", type=int, default=256, help="tokens in a thought, at most")
-    add("--localize_tokens", type=int, default=4096, help="longest review, tokens")
+    add("--max_rows", type=POSITIVE, default=512, help="rows that a process samples at once")
+    add("--max_thoughts", type=POSITIVE, default=20, help="thoughts in a response, at most")
+    add("--max_tokens_per_thought", type=POSITIVE, default=256, help="tokens in a thought, at most")
+    add("--localize_tokens", type=POSITIVE, default=4096, help="longest review, tokens")
 
 
 if __name__ == "__main__":

@@ -86,11 +86,14 @@ def localization_prompt(task: Task, rollout: Rollout, setting: dict = WRONG) -> 
     return encode_prompt(tokenizer, text)
 
 
+# At most 9 blanks in each place: without a limit the time grows with the square of their number.
 BOXED_STEP = re.compile(  # the content of a box: 3, Step 3, \text{Thought #3}
-    r"(?:\\text\{)?\s*(?:(?:step|thought)\s*)?#?\s*([+-]?[0-9]{1,9})\s*\}?\s*\.?", re.IGNORECASE
+    r"(?:\\text\{)?\s{0,9}(?:(?:step|thought)\s{0,9})?#?\s{0,9}"
+    r"([+-]?[0-9]{1,9})\s{0,9}\}?\s{0,9}\.?",
+    re.IGNORECASE,
 )
 # in prose: "the error is in step 3"
-SPOKEN_STEP = re.compile(r"\b(?:step|thought)\s*#?\s*([0-9]{1,9})\b", re.IGNORECASE)
+SPOKEN_STEP = re.compile(r"\b(?:step|thought)\s{0,9}#?\s{0,9}([0-9]{1,9})\b", re.IGNORECASE)
 # in a box: "none", "no error"
 NO_ERROR = re.compile(r"\b(no|none|correct)\b", re.IGNORECASE)
 

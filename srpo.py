@@ -72,7 +72,7 @@ class MethodSettings:
     _argument_group_name: ClassVar[str] = "method"
     method: str = setting(
         "srpo",
-        "srpo resets at the located error, rrpo at a random thought, grpo never; walk (ours) resets "
+        "srpo resets at the located error, rrpo at a random thought, grpo never; walk (ours) goes "
         "on to a success; MODULE:FUNCTION or FILE.py:FUNCTION is a program of your own",
     )
     split: Literal["1x4", "2x4", "1x8"] = setting(

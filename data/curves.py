@@ -8,9 +8,7 @@ Left out: significance tests, and corrections for the number of comparisons.
 Try it alone:  python eval.py curves RUN_DIR [RUN_DIR...]
 """
 
-import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from itertools import chain, pairwise
@@ -20,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.faults import UserError
+from data.lines import check_writable, parse, read_json, read_text, write_lines
+from data.problems import Problem
 from data.runs import Run, name_of, read_run
 from data.verifiers import KINDS
 
@@ -45,13 +45,47 @@ def by_name(folders: list[Path]) -> Named:
     named = {}
     for folder in folders:
         run = read_run(Path(folder))
+        check_run(run)
         named.setdefault(name_of(run), []).append(run)
     return named
 
 
+# What is read of a step line: numbers, or objects of numbers
+NUMBERS = (
+    "eval_pass_rate pass_base pass_suffix localized_exact trained_tokens response_tokens"
+).split()
+TABLES = ("tokens", "seconds", "counters", "localized", "finish")
+HUGE = 1e300  # an integer of a file may have thousands of digits, which no float holds
+
+
+def check_run(run: Run) -> None:
+    """Raises UserError for a run without step lines, and for what cannot be drawn of one."""
+    if not has_types(run.config, {"name": str}) and not has_types(run.config, {"method": str}):
+        raise UserError(f"{run.folder}/config.json: names no method; restore it")
+    path = run.folder / "metrics.jsonl"
+    for number, line in enumerate(run.lines, 1):
+        if not is_step_line(line):
+            raise UserError(f"{path}, line {number}: no step line of srpo.py; remove it")
+    if not run.lines:
+        raise UserError(f"{path}: holds no step line yet")
+
+
+def is_step_line(line: dict) -> bool:
+    values = [line.get(name) for name in NUMBERS]
+    for name in TABLES:
+        table = line.get(name, {})
+        if not isinstance(table, dict):
+            return False
+        values += table.values()
+    if not has_types(line, {"step": int, "total_tokens": int}):
+        return False
+    values += [line["step"], line["total_tokens"]]
+    return all(x is None or isinstance(x, int | float) and not abs(x) > HUGE for x in values)
+
+
 def evaluations(lines: list[dict]) -> list[dict]:
     """The step lines that hold a held-out pass rate."""
-    return [line for line in lines if "eval_pass_rate" in line]
+    return [line for line in lines if line.get("eval_pass_rate") is not None]
 
 
 # ---------------------------------------------------------------------------------- statistics
@@ -158,9 +192,17 @@ def final(run: Run) -> tuple[float, float]:
     Otherwise the last held-out pass rate, and nan."""
     path = run.folder / "benchmark" / "results.json"
     if path.exists():
-        (result,) = json.loads(path.read_text())["results"].values()
-        return result["mean"], result["pass_at"]["8"]
-    return evaluations(run.lines)[-1]["eval_pass_rate"], float("nan")
+        content = read_json(path)
+        try:
+            (result,) = content["results"].values()
+            return float(result["mean"]), float(result["pass_at"]["8"])
+        except (AttributeError, KeyError, TypeError, ValueError) as fault:
+            raise UserError(
+                f"{path}: not the results of one data set with --n of 8 or more "
+                f"({type(fault).__name__}: {fault}); remove it"
+            )
+    measured = evaluations(run.lines)
+    return measured[-1]["eval_pass_rate"] if measured else float("nan"), float("nan")
 
 
 def processbench_scores(labels: list[int], named: list[int | None]) -> dict[str, str]:
@@ -177,11 +219,13 @@ def processbench_scores(labels: list[int], named: list[int | None]) -> dict[str,
             correct.append(hit)
     a = np.mean(erroneous) if erroneous else float("nan")
     b = np.mean(correct) if correct else float("nan")
-    f1 = 2 * a * b / (a + b) if a + b else 0.0
+    f1 = "none: it needs erroneous and correct solutions"
+    if erroneous and correct:
+        f1 = f"{2 * a * b / (a + b) if a + b else 0.0:.3f}"
     return {
         "accuracy on erroneous": share(sum(erroneous), len(erroneous)),
         "accuracy on correct": share(sum(correct), len(correct)),
-        "F1": f"{f1:.3f}",
+        "F1": f1,
     }
 
 
@@ -241,7 +285,8 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
     first = panels[axes[0]]
     first.set(ylabel="held-out pass rate", ylim=(0, None))
     first.legend(fontsize=8, loc="upper left")
-    figure.savefig(out, dpi=130)
+    # Without the format, matplotlib writes a name without a suffix elsewhere
+    figure.savefig(out, dpi=130, format=out.suffix.removeprefix(".") or "png")
     plt.close(figure)
 
 
@@ -265,7 +310,7 @@ def draw_training_rates(panels: dict, run: Run) -> None:
     """The pass rates of one run's training rollouts, which have a point at every step."""
     for key, color in (("pass_base", "C1"), ("pass_suffix", "C2")):
         label = f"training, {key.removeprefix('pass_')} groups"
-        steps = [line for line in run.lines if line["step"] > 0 and line[key] is not None]
+        steps = [line for line in run.lines if line["step"] > 0 and line.get(key) is not None]
         for axis, panel in panels.items():
             x = np.array(column(steps, axis)) / AXES[axis][1]
             panel.plot(x, column(steps, key), color=color, label=label, linewidth=0.8, alpha=0.7)
@@ -281,7 +326,10 @@ def column(lines: list[dict], key: str) -> list:
 def write_curves(folders: list[Path], out: Path, target: float) -> None:
     """Draws the learning curves of runs to `out`, and prints what they reached and cost."""
     named = by_name(folders)
-    draw_curves(named, out)
+    try:
+        draw_curves(named, out)
+    except (OSError, ValueError) as fault:  # ValueError: a suffix that is no format of pictures
+        raise UserError(f"cannot write {out} ({fault}); choose another --out, such as curves.png")
     print(results_table(named, target))
     print("mean ± standard deviation over seeds; pass rates are of held-out problems;")
     print(f"until {target}: to that pass rate; (n not): n seeds did not reach it\n")
@@ -407,10 +455,24 @@ def response_record(problem, i: int, rollout, seconds: float) -> dict:
     }
 
 
+# What a line of SET.jsonl holds
+RESPONSE = {
+    "problem": int,
+    "sample": int,
+    "reward": int | float,
+    "finish": str,
+    "tokens": int,
+    "seconds": int | float,
+    "answered": bool,
+    "text": str,
+}
+
+
 def check_settings(out: Path, settings: dict) -> None:
-    """Raises UserError where `out` holds a benchmark with other settings."""
+    """Raises UserError where `out` cannot be written, or holds a benchmark with other settings."""
+    check_writable(out)
     path = out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
+    if path.exists() and read_json(path) != settings:
         raise UserError(f"{out} holds a benchmark with other settings; choose another --out")
 
 
@@ -420,19 +482,38 @@ def finished_problems(path: Path, samples: int) -> dict[int, list[dict]]:
     Drops the lines of other problems from the file, and a last line that a kill cut in two."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    *lines, torn = read_text(path).split("\n")
     found = {}
-    for line in lines:
-        if line.endswith("\n"):
-            record = json.loads(line)
-            found.setdefault(record["problem"], []).append(record)
+    for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number}"
+        record = parse(line, place)
+        if not has_types(record, RESPONSE):
+            raise UserError(f"{place}: no response of this benchmark; remove it")
+        found.setdefault(record["problem"], []).append(record)
     done = {problem: records for problem, records in found.items() if len(records) == samples}
-    kept = [json.dumps(record) + "\n" for record in chain.from_iterable(done.values())]
-    if len(kept) < len(lines):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+    kept = list(chain.from_iterable(done.values()))
+    if torn or len(kept) < len(lines):
+        write_lines(path, kept)
     return done
+
+
+def has_types(record, types: dict) -> bool:
+    """Whether a JSON value is an object that has all of these fields, each of its type."""
+    if not isinstance(record, dict):
+        return False
+    for name, wanted in types.items():
+        if name not in record or not isinstance(record[name], wanted):
+            return False
+    return True
+
+
+def unsolved(problems: list[Problem], done: dict[int, list[dict]]) -> list[Problem]:
+    """The problems of which no response is right."""
+    kept = []
+    for problem in problems:
+        if all(record["reward"] < 1 for record in done[problem.index]):
+            kept.append(problem)
+    return kept
 
 
 def summary(done: dict[int, list[dict]], samples: int) -> dict:
@@ -489,26 +570,18 @@ def benchmark_table(results: dict, samples: int) -> str:
 
 def compare(first: Path, second: Path) -> None:
     """Prints the paired difference of two results.json, with a bootstrap interval over problems."""
-    try:
-        a = json.loads(first.read_text())["results"]
-        b = json.loads(second.read_text())["results"]
-    except (OSError, json.JSONDecodeError, KeyError) as fault:
-        raise UserError(
-            f"--compare needs two results.json of this command ({type(fault).__name__}: {fault})"
-        )
+    a, b = read_rates(first), read_rates(second)
     shared = [name for name in a if name in b]
     if not shared:
         raise UserError(
-            f"{first} and {second} share no data set: {', '.join(a)} against {', '.join(b)}"
+            f"{first} and {second} share no problems: {', '.join(a)} against {', '.join(b)}; "
+            "use the same --data, --problems and --seed"
         )
     rows = []
     for name in shared:
-        x, y = a[name]["by_problem"], b[name]["by_problem"]
+        x, y = a[name], b[name]
         if x.keys() != y.keys():
-            raise UserError(
-                f"{name}: the two were measured on different problems; "
-                "use the same --data, --problems and --seed"
-            )
+            raise UserError(f"{name}: {first} and {second} have results of different problems")
         gain = interval([y[p] - x[p] for p in x], resamples=10_000)
         row = {
             "data set": name,
@@ -519,3 +592,23 @@ def compare(first: Path, second: Path) -> None:
         }
         rows.append(row)
     print(markdown(rows))
+
+
+def read_rates(path: Path) -> dict[str, dict[str, float]]:
+    """Reads {data set: {problem: its share of right responses}} from a results.json."""
+    content = read_json(path)
+    results = content.get("results") if isinstance(content, dict) else None
+    rates = {}
+    if isinstance(results, dict):
+        for name, result in results.items():
+            rates[name] = result.get("by_problem") if isinstance(result, dict) else None
+    if not rates or not all(map(are_rates, rates.values())):
+        raise UserError(f"{path}: --compare needs two results.json of this command")
+    return rates
+
+
+def are_rates(rates) -> bool:
+    """Whether a JSON value is an object of numbers, with at least one of them."""
+    if not isinstance(rates, dict) or not rates:
+        return False
+    return all(isinstance(rate, (int, float)) for rate in rates.values())

@@ -98,9 +98,7 @@ def first_draws_of(members: list[Rollout], tasks: list[Task]) -> list[Rollout]:
     Not a continuation that joined the group, a later turn, or one drawn after a look at the others.
     """
     prompt = tasks[members[0].group[0]].prompt_ids
-    return [
-        r for r in members if r.seed is None and r.prompt_ids == prompt and r.purpose != "more"
-    ]
+    return [r for r in members if r.seed is None and r.prompt_ids == prompt and r.purpose != "more"]
 
 
 def is_reset(members: list[Rollout]) -> bool:

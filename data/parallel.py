@@ -128,9 +128,9 @@ class StopRequest:
             signal.signal(sign, handler)
 
     def request(self, *_) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
         self.requested = True
+        for sign in self.before:  # no KeyboardInterrupt: at its end Python waits for all threads
+            signal.signal(sign, signal.SIG_DFL)
         if rank() == 0:
             print("\nstopping after this step (once more: at once)", file=sys.stderr)
 

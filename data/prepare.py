@@ -46,7 +46,6 @@ import base64
 import gzip
 import io
 import json
-import os
 import pickle
 import random
 import re
@@ -60,6 +59,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.faults import UserError
+from data.lines import check_writable, parse, parse_lines, write_lines
 from data.problems import Problem, read_problems
 from data.verifiers import KINDS, last_boxed
 
@@ -225,7 +225,8 @@ def livecodebench(record: dict) -> dict | None:
         question += f"\n\nStart from:\n```python\n{record['starter_code']}\n```"
         calls = []
         for case in cases:
-            args = [json.loads(line) for line in case["input"].splitlines()]
+            lines = case["input"].split("\n")
+            args = [json.loads(line) for line in lines if line.strip()]
             calls.append([args, json.loads(case["output"])])
         tests = {"call": name, "cases": calls}
     else:
@@ -384,13 +385,13 @@ def read_local(path: Path) -> list[dict]:
     """Reads the records of a .json list or a .jsonl file, also .gz."""
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_text(path, "rt", encoding="utf-8") as file:
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: cannot be read as JSON or JSON lines ({fault})")
+    if text.lstrip().startswith("["):
+        return parse(text, path)
+    return [record for _, record in parse_lines(text, path)]
 
 
 # ------------------------------------------------------------------ from records to files
@@ -417,6 +418,19 @@ def convert(name: str, records: list[dict]) -> dict[str, list[dict]]:
     return {"": problems[: chosen.sample]}
 
 
+FOREIGN = (  # what a converter raises for a record of another layout
+    AttributeError,
+    EOFError,
+    LookupError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zlib.error,
+)
+
+
 def convert_records(name: str, records: list[dict]) -> list[dict]:
     """Converts all records of a set; those that are no problem of it are dropped."""
     chosen = SETS[name]
@@ -425,7 +439,7 @@ def convert_records(name: str, records: list[dict]) -> list[dict]:
     for number, record in enumerate(progress, 1):
         try:
             converted = chosen.convert(record)
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as fault:
+        except FOREIGN as fault:
             raise UserError(
                 f"{name}, record {number}: "
                 f"not in the layout of {chosen.hub} ({type(fault).__name__}: {fault})"
@@ -458,15 +472,6 @@ def half(tests: dict, which: int) -> dict:
     cases = list(tests[key])
     random.Random(42).shuffle(cases)
     return tests | {key: cases[which::2] or cases}
-
-
-def write(path: Path, problems: list[dict]) -> None:
-    """Writes JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in problems]
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 # -------------------------------------------------------------------- checking the verifiers
@@ -535,6 +540,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{wrong}: not a set that is known here; choose from {', '.join(SETS)}")
     if args.source and len(args.names) > 1:
         raise UserError("--from converts one set; name one")
+    check_writable(args.out)
     for name in args.names:
         prepare(name, args.source, args.out)
 
@@ -545,7 +551,7 @@ def prepare(name: str, source: Path | None, out: Path) -> None:
     for part, problems in convert(name, records).items():
         suffix = f"_{part}" if part else ""
         path = out / f"{name}{suffix}.jsonl"
-        write(path, problems)
+        write_lines(path, problems)
         if name != "processbench":  # labelled solutions are no problems
             read_problems(path)
         report(path, problems, len(records))

@@ -6,20 +6,32 @@ A data file holds one object a line, as `data/prepare.py` writes them for public
 
 `kind` is a key of `verifiers.KINDS`. Kind "code" has `tests` instead of an answer; their three
 forms are described at `sandbox.share_passed`. Problems that are generated instead come from
-data/chains.py and data/english.py; data/tasks.py finds either by name.
+data/chains.py and data/english.py; data/tasks.py finds either by name. A generated problem in a
+file has a field `generated` (Origin), by which data/tasks.py finds its step checker again.
 
 Left out: other file formats. `data/prepare.py` converts public sets to this one.
 
 Try it alone:  python -m data.problems        # grades two responses, and refuses a bad record
 """
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.faults import UserError
+from data.lines import read_lines
 from data.verifiers import KINDS
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a generated problem comes from: problem `index` of a task drawn with `seed`."""
+
+    task: str
+    seed: int
+    index: int
 
 
 @dataclass
@@ -44,6 +56,9 @@ class Problem:
     tests: dict | None = None
     """of kind code: see sandbox.share_passed"""
 
+    origin: Origin | None = None
+    """of a generated problem"""
+
     @property
     def slow(self) -> bool:
         """True if grading waits for another process."""
@@ -54,38 +69,34 @@ class Problem:
         kind = KINDS[self.kind]
         return kind.grade(response, getattr(self, kind.reference))
 
+    def to_json(self) -> dict:
+        """Its line in a data file, which reads back as the same problem."""
+        reference = KINDS[self.kind].reference
+        record = {"question": self.question, reference: getattr(self, reference), "kind": self.kind}
+        if self.origin:
+            record["generated"] = asdict(self.origin)
+        return record
+
 
 def read_problems(path: Path | str) -> list[Problem]:
     """Reads all problems of a JSON-lines file; blank lines are skipped.
 
-    Raises UserError with file and line of the first thing that is wrong.
+    Raises UserError with file and line of the first thing that is wrong. A problem with an origin
+    has no step checker yet: see tasks.load_problems.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as fault:
-        raise UserError(
-            f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start}); "
-            "save it as UTF-8 JSON lines"
-        )
     problems = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as fault:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({fault.msg}); each line must be one object"
-            )
+    for number, record in read_lines(path):
         complaint = check_record(record)
         if complaint:
             raise UserError(f"{path}, line {number}: {complaint}")
+        origin = record.get("generated")
         problem = Problem(
             index=len(problems),
             question=record["question"],
             answer=str(record.get("answer", "")).strip(),
             kind=record["kind"],
             tests=record.get("tests"),
+            origin=Origin(**origin) if origin else None,
         )
         problems.append(problem)
     if not problems:
@@ -101,11 +112,30 @@ def check_record(record) -> str | None:
     if not isinstance(record, dict):
         return "not a JSON object; each line needs question, answer and kind"
     for field in ("question", "kind"):
-        if not isinstance(record.get(field), str) or record[field] == "":
+        if not isinstance(record.get(field), str) or not record[field].strip():
             return f"field {field!r} is missing or empty; each line needs question, answer and kind"
     if record["kind"] not in KINDS:
-        return f"unknown kind {record['kind']!r}; use one of {', '.join(KINDS)}"
-    return KINDS[record["kind"]].check_reference(record)
+        return f"unknown kind {record['kind'][:40]!r}; use one of {', '.join(KINDS)}"
+    return check_origin(record) or KINDS[record["kind"]].check_reference(record)
+
+
+def check_origin(record: dict) -> str | None:
+    """Returns what is wrong with a record's field `generated`, or None; most have none."""
+    origin = record.get("generated")
+    if origin is None:
+        return None
+    if isinstance(origin, dict) and origin.keys() == {"task", "seed", "index"}:
+        numbers = (origin["seed"], origin["index"])
+        natural = all(type(number) is int and number >= 0 for number in numbers)
+        if natural and isinstance(origin["task"], str):
+            return None
+    return "field 'generated' needs task (a text), seed and index (integers from 0), nothing else"
+
+
+def digest(problems: list[Problem]) -> str:
+    """Returns 8 hexadecimal digits that tell lists of problems apart by all that is graded."""
+    content = [[p.question, p.kind, p.answer, p.tests] for p in problems]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
 def demo() -> None:

@@ -20,8 +20,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.curves import evaluations
+from data.curves import HUGE, check_run, evaluations, has_types
 from data.faults import UserError
+from data.lines import parse
 from data.runs import Run, name_of, read_run
 from loss import token_weights
 from rollout import Rollout
@@ -39,7 +40,7 @@ def write_report(folders: list[Path], out: Path, megabytes: float) -> None:
 
     What does not fit is left out, and named in the page and on the terminal. Raises UserError for
     a folder that is no run, a damaged rollouts.jsonl, and an `out` that cannot be written."""
-    runs = [read_run(Path(folder)) for folder in folders]
+    runs = [readable_run(Path(folder)) for folder in folders]
     data = {"notes": [], "runs": [run_for_page(run) for run in runs]}
     room = megabytes * 1e6 - len(page(data)) - NOTE_BYTES
     n_trees = 0
@@ -60,6 +61,75 @@ def write_report(folders: list[Path], out: Path, megabytes: float) -> None:
         print(note)
     plural = "s" if len(runs) > 1 else ""
     print(f"{out}: {len(runs)} run{plural}, {n_trees} reset trees, {len(text) / 1e6:.2f} MB")
+
+
+# ------------------------------------------------------------------------------------- reading
+
+# What the page reads of config.json, and of each line of rollouts.jsonl
+CONFIG = {
+    "method": str,
+    "model": str,
+    "train_data": str,
+    "seed": int,
+    "prompts_per_step": int,
+    "lr": int | float,
+    "clip": int | float,
+    "mask_prefix": bool,
+}
+ROLLOUT = {
+    "id": int,
+    "step": int,
+    "problem": int,
+    "question": str,
+    "purpose": str,
+    "finish": str,
+    "prefix_len": int,
+    "thoughts": list,
+    "thought_ends": list,
+    "reward": int | float | None,
+    "group": list | None,
+    "seed": int | None,
+    "reset": int | None,
+    "localized": str | None,
+    "localization": int | None,
+}
+MOST_TOKENS = 10**7  # of a response; a damaged length is no reason to fill the memory
+
+
+def readable_run(folder: Path) -> Run:
+    """Reads a run. Raises UserError where the page cannot show it."""
+    run = read_run(folder)
+    check_run(run)
+    length = run.config.get("length", "trained")
+    if not has_types(run.config, CONFIG) or length not in ("trained", "response", "step"):
+        raise UserError(f"{folder}/config.json: not as srpo.py writes it; restore it")
+    return run
+
+
+def is_rollout(record) -> bool:
+    """Whether a JSON value is a line of rollouts.jsonl."""
+    if not has_types(record, ROLLOUT):
+        return False
+    H, ends, group = len(record["thoughts"]), record["thought_ends"], record["group"]
+    if group is not None and not is_list_of(group, int, 2):
+        return False
+    if not is_list_of(ends, int, H) or [0, *ends] != sorted({0, *ends}):
+        return False
+    n = sum(ends[-1:])  # response tokens
+    if not (n <= MOST_TOKENS and 0 <= record["prefix_len"] <= n):
+        return False
+    for name, most in (("trained_from", n), ("first_wrong", H)):
+        value = record.get(name)
+        if value is not None and not (isinstance(value, int) and 0 <= value <= most):
+            return False
+    if "advantages" not in record:  # of an older run: one number for all thoughts
+        return has_types(record, {"advantage": int | float | None})
+    return record["advantages"] is None or is_list_of(record["advantages"], int | float, H)
+
+
+def is_list_of(value, wanted, n: int) -> bool:
+    """Whether a JSON value is a list of n items of the wanted type."""
+    return isinstance(value, list) and len(value) == n and all(isinstance(x, wanted) for x in value)
 
 
 # ---------------------------------------------------------------------------------------- page
@@ -95,7 +165,7 @@ def embedded(data) -> str:
 
 def rounded(x: float | None) -> float | None:
     """A number in 6 digits; None for what JSON cannot hold."""
-    if x is None or not math.isfinite(x):
+    if x is None or not abs(x) < HUGE:
         return None
     return float(f"{x:.6g}")
 
@@ -249,11 +319,13 @@ def step_places(path: Path) -> dict[int, Place]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                try:
-                    step = json.loads(line)["step"]
-                except json.JSONDecodeError as fault:
-                    raise UserError(f"{path}: line {number} is damaged ({fault}); remove it")
+                record = parse(line, f"{path}, line {number}", halves=True)
+                if not is_rollout(record):
+                    raise UserError(f"{path}, line {number}: no rollout of srpo.py; remove it")
+                step = record["step"]
                 place = places.setdefault(step, Place(start, 0))
+                if place.start + place.size != start:
+                    raise UserError(f"{path}, line {number}: apart from its step; remove it")
                 place.size += len(line)
             start += len(line)
     return places

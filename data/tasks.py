@@ -3,33 +3,29 @@
 `load_problems` is what `--train_data`, `--eval_data` and `--data` go through. The names:
 
     chain-12             chains of 12 steps modulo 97, for the embedded policy    data/chains.py
-    chain-12-below-4e-4  those whose solution it gives a probability below 4e-4
+    chain-12-below-4e-4  those that it solves less often than that           data/hard_chains.py
     english-3            arithmetic in English with 3 operations                  data/english.py
     english-2-4          the same with 2 to 4 operations
     path/to/file         problems as JSON lines                                   data/problems.py
 
-A hard set is chosen by the probability that the untrained embedded policy (data/policy) gives the
-one right response, so chance selects nothing. For a set of what another model does not solve, see
-`eval.py benchmark`.
+A generated problem that stands in a file (`eval.py benchmark` writes those that a policy never
+solved) is generated again when it is read, for its step checker.
 
 Left out: downloads. `data/prepare.py` makes files of public sets.
 
 Try it alone:  python -m data.tasks                    # one problem of each generated task
                python -m data.tasks english-2-4        # problems of one task or file
-               python -m data.tasks chain-12-below-1e-2 chain-12-below-4e-4 chain-12-below-1e-5
 """
 
+import os
 import re
 import sys
-from pathlib import Path
 
-import torch
-
-from data.chains import MAX_STEPS, generate_chains, true_response
+from data.chains import MAX_STEPS, generate_chains
 from data.english import generate_english
 from data.faults import UserError
-from data.policies import EMBEDDED, encode_question, load_policy
-from data.problems import Problem, read_problems
+from data.hard_chains import hard_chains
+from data.problems import Origin, Problem, read_problems
 
 # For messages and help texts.
 GENERATED = (
@@ -41,63 +37,78 @@ GENERATED = (
 def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
     """Returns n problems of a generated task, or all problems of a JSON-lines file.
 
-    `seed` is the random seed of generated problems; a file ignores `seed` and `n`. A hard set holds
-    those of n chains that are hard enough. Raises UserError for an unknown name, or with file and line of the first bad problem.
+    `seed` is the random seed of generated problems; a file ignores `seed` and `n`.
+    Raises UserError for an unknown name, or with file and line of the first bad problem.
     """
-    chain = re.fullmatch(r"chain-(\d+)(?:-below-([\d.]+(?:e-?\d+)?))?", source)
+    problems = generate(source, seed, n)
+    if problems is not None:
+        return problems
+    if not os.path.isfile(source):
+        raise UserError(
+            f"{source[:200]}: no such data file; "
+            "give a JSON-lines file, or a generated task (chain-12 or english-2-4, say)"
+        )
+    problems = read_problems(source)
+    restore_step_checks(problems, source)
+    return problems
+
+
+CHAIN = r"chain-(\d{1,4})(?:-below-(\d{1,3}(?:\.\d{1,9})?(?:e-\d{1,2})?))?"
+ENGLISH = r"english-(\d{1,4})(?:-(\d{1,4}))?"
+
+
+def generate(source: str, seed: int, n: int = 4096) -> list[Problem] | None:
+    """Returns n problems of a generated task, each with its origin; None for another name.
+
+    A hard set has a size of its own."""
+    chain = re.fullmatch(CHAIN, source)
+    english = re.fullmatch(ENGLISH, source)
     if chain:
-        steps = int(chain[1])
+        steps, below = int(chain[1]), chain[2]
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(
                 f"{source}: the embedded policy knows chains of 1 to {MAX_STEPS} steps; "
                 "ask for one of those"
             )
-        chains = generate_chains(steps, n, seed)
-        return hard_chains(chains, float(chain[2]), source) if chain[2] else chains
-    english = re.fullmatch(r"english-(\d+)(?:-(\d+))?", source)
-    if english:
+        if below is None:
+            problems = generate_chains(steps, n, seed)
+        else:
+            problems = hard_chains(steps, float(below), seed).problems
+    elif english:
         low = int(english[1])
         high = int(english[2] or low)
-        return generate_english(low, high, n, seed)
-    if not Path(source).is_file():
-        raise UserError(
-            f"{source}: no such data file; "
-            "give a JSON-lines file, or a generated task (chain-12 or english-2-4, say)"
-        )
-    return read_problems(source)
+        problems = generate_english(low, high, n, seed)
+    else:
+        return None
+    for problem in problems:
+        problem.origin = Origin(source, seed, problem.index)
+    return problems
 
 
-def hard_chains(chains: list[Problem], below: float, source: str) -> list[Problem]:
-    """Returns the chains, all of one length, that the embedded policy solves less often than that.
+def restore_step_checks(problems: list[Problem], source: str) -> None:
+    """Gives the generated problems of a file their step checkers again, in place.
 
-    Raises UserError if there are none."""
-    probabilities = pass_probabilities(chains)
-    hard = [problem for problem, p in zip(chains, probabilities) if p < below]
-    if not hard:
-        easiest = f"the smallest probability of {len(chains)} chains is {min(probabilities):.1g}"
-        raise UserError(f"{source}: no chain is that hard; {easiest}")
-    return hard
-
-
-@torch.inference_mode()
-def pass_probabilities(chains: list[Problem], batch: int = 256) -> list[float]:
-    """Returns the probability that the embedded policy gives each chain's one right response.
-
-    The chains all have the same number of steps, so their texts have the same number of tokens."""
-    model, tokenizer = load_policy(EMBEDDED)
-    probabilities = []
-    for start in range(0, len(chains), batch):
-        rows = []
-        for problem in chains[start : start + batch]:
-            prompt = encode_question(tokenizer, problem)
-            response = tokenizer(true_response(problem.question))["input_ids"]
-            rows.append(prompt + response)
-        ids = torch.tensor(rows)  # [batch, L]
-        logits = model(ids).logits  # [batch, L, V]
-        logps = logits[:, len(prompt) - 1 : -1].log_softmax(-1)
-        target = ids[:, len(prompt) :, None]
-        probabilities += logps.gather(2, target).sum((1, 2)).exp().tolist()
-    return probabilities
+    Each is generated once more, and must come out as the file has it.
+    """
+    generated = {}
+    for problem in problems:
+        origin = problem.origin
+        if origin is None:
+            continue
+        key = (origin.task, origin.seed)
+        if key not in generated:
+            try:
+                generated[key] = generate(*key) or []
+            except UserError as fault:
+                raise UserError(f"{source}, problem {problem.index + 1}: {fault}")
+        again = generated[key][origin.index : origin.index + 1]
+        if not again or again[0].to_json() != problem.to_json():
+            raise UserError(
+                f"{source}: problem {problem.index + 1} is not number {origin.index} of "
+                f"{origin.task[:40]} with seed {origin.seed}, as its field 'generated' says; "
+                "remove that field (it then has no step checker)"
+            )
+        problem.check_steps = again[0].check_steps
 
 
 def demo(sources: list[str]) -> None:

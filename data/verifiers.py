@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from data.faults import UserError, count, counters
-from data.sandbox import isolation, share_passed
+from data.sandbox import fault_of_tests, isolation, share_passed
 
 DELIMITER = "</thought>"  # ends every thought of a response
 
@@ -242,8 +242,10 @@ def unwrapped(boxed: str) -> str:
 def check_answer(record: dict) -> str | None:
     """Says what is wrong with a record's `answer` if it is missing, empty or no text or number."""
     answer = record.get("answer")
-    if not isinstance(answer, (str, int)) or answer == "":
+    if answer is None or str(answer).strip() == "":
         return "field 'answer' is missing or empty; each line needs question, answer and kind"
+    if not isinstance(answer, (str, int, float)) or str(answer) in ("nan", "inf", "-inf"):
+        return f"answer {str(answer)[:40]} is neither a text nor a finite number"
     return None
 
 
@@ -259,13 +261,16 @@ def check_form(record: dict, pattern: str, complaint: str) -> str | None:
 
 
 def check_integer(record: dict) -> str | None:
-    complaint = 'is not an integer; use kind "math" for expressions'
-    return check_form(record, r"[+-]?\d[\d,]*", complaint)
+    complaint = 'is not an integer of at most 1000 digits; use kind "math" for expressions'
+    return check_form(record, r"[+-]?\d[\d,]{0,999}", complaint)
 
 
 def check_integers(record: dict) -> str | None:
-    complaint = 'is not a list of integers; write them with blanks between, as in "3 -1 4"'
-    return check_form(record, r"[+-]?\d+([\s,]+[+-]?\d+)*", complaint)
+    complaint = (
+        "is not a list of integers of at most 1000 digits; write them with blanks between, "
+        'as in "3 -1 4"'
+    )
+    return check_form(record, r"[+-]?\d{1,1000}([\s,]+[+-]?\d{1,1000})*", complaint)
 
 
 def check_choice(record: dict) -> str | None:
@@ -278,15 +283,8 @@ def check_yes_no(record: dict) -> str | None:
 
 def check_tests(record: dict) -> str | None:
     """Says what is wrong with a record's `tests`; their three forms: see sandbox.share_passed."""
-    tests = record.get("tests")
-    if isinstance(tests, dict):
-        if tests.get("stdin"):
-            return None
-        if tests.get("call") and (tests.get("cases") or tests.get("check")):
-            return None
-    return (
-        "field 'tests' of a code problem is missing or empty; see share_passed in data/sandbox.py"
-    )
+    wrong = fault_of_tests(record.get("tests"))
+    return f"field 'tests' of a code problem {wrong}" if wrong else None
 
 
 # -------------------------------------------------------------------------------- the machine

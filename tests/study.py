@@ -228,7 +228,7 @@ def train_variants(args, sweep: dict[str, dict[float, list[float]]]) -> Named:
 def headline(args) -> str:
     """What was run, and the pass rate before training."""
     path = args.out / "before" / "benchmark" / "results.json"
-    start = json.loads(path.read_text())["results"][Path(args.data).stem]
+    (start,) = json.loads(path.read_text())["results"].values()
     return (
         f"{args.seeds} seeds, {args.steps} steps of {args.prompts_per_step} prompts x 8 trained "
         f"rollouts on {args.data}, {args.jobs} runs of one thread side by side on "

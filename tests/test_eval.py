@@ -20,6 +20,9 @@ from conftest import POLICY, ROOT
 from data import build_policy, curves
 from data.driver import run_programs
 from data.faults import UserError
+from data.labelled import load_labelled, sample_labelled
+from data.lines import write_lines
+from data.tasks import load_problems
 from localize import by_oracle, by_verifier
 from rollout import Rollout
 
@@ -60,10 +63,6 @@ def make_run(folder, seed, rates, method="srpo", **config):
         lines.append(line)
     write_lines(folder / "metrics.jsonl", lines)
     return folder
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_curves_table_and_picture(tmp_path, capsys):
@@ -129,11 +128,17 @@ def benchmarked(tmp_path_factory):
 
 
 def results(out):
-    """results.json without what the clock says."""
-    text = json.loads((out / "results.json").read_text())
-    for result in text["results"].values():
+    """{data set: its results} of a results.json, without what the clock says."""
+    content = json.loads((out / "results.json").read_text())
+    for result in content["results"].values():
         result.pop("seconds")
-    return text
+    return content["results"]
+
+
+def responses_to(out, data):
+    """The file with the responses to a data set; its name ends with a digest of the problems."""
+    (path,) = out.glob(f"{data}-????????.jsonl")
+    return path
 
 
 def rows_of(path):
@@ -145,8 +150,9 @@ def rows_of(path):
 
 
 def test_benchmark(benchmarked, capsys):
-    rows = rows_of(benchmarked / "chain-3.jsonl")
-    result = results(benchmarked)["results"]["chain-3"]
+    path = responses_to(benchmarked, "chain-3")
+    rows = rows_of(path)
+    result = results(benchmarked)[path.stem]
     right = np.array([row["reward"] == 1 for row in rows]).reshape(10, 4)
     half = 1.96 * right.mean(1).std(ddof=1) / math.sqrt(10)
     assert result["problems"] == 10
@@ -165,15 +171,24 @@ def test_benchmark_goes_on_where_it_stopped(tmp_path, benchmarked, max_rows, cap
     out = tmp_path / "again"
     out.mkdir()
     shutil.copy(benchmarked / "settings.json", out)
-    whole = (benchmarked / "chain-3.jsonl").read_text().splitlines(keepends=True)
+    first = responses_to(benchmarked, "chain-3")
+    whole = first.read_text().splitlines(keepends=True)
     marked = [line.replace('"tokens": ', '"kept": 1, "tokens": ') for line in whole]
-    (out / "chain-3.jsonl").write_text("".join(marked[:18]) + whole[18][:30])
+    (out / first.name).write_text("".join(marked[:18]) + whole[18][:30])
     evaluation.main([*BENCH, "--max_rows", str(max_rows), "--out", str(out)])
-    assert results(out)["results"] == results(benchmarked)["results"]
-    rows = rows_of(out / "chain-3.jsonl")
+    assert results(out) == results(benchmarked)
+    rows = rows_of(out / first.name)
     assert sum(row.pop("kept", 0) for row in rows) == 16  # four problems of four
     rows.sort(key=lambda row: (row["problem"], row["sample"]))
-    assert rows == rows_of(benchmarked / "chain-3.jsonl")
+    assert rows == rows_of(first)
+    for name in unsolved_files(benchmarked):
+        assert (out / name).read_bytes() == (benchmarked / name).read_bytes()
+
+
+def unsolved_files(out):
+    names = [path.name for path in out.glob("unsolved-*")]
+    assert names
+    return names
 
 
 def two_processes(*flags):
@@ -191,8 +206,11 @@ def test_benchmark_under_torchrun(tmp_path, benchmarked):
     out = tmp_path / "two"
     printed = two_processes("--max_rows", "8", "--out", out)
     assert results(out) == results(benchmarked)
-    assert "| chain-5 | 10 |" in printed
-    assert rows_of(out / "chain-5.jsonl") == rows_of(benchmarked / "chain-5.jsonl")
+    path = responses_to(benchmarked, "chain-5")
+    assert f"| {path.stem} | 10 |" in printed
+    assert rows_of(out / path.name) == rows_of(path)
+    for name in unsolved_files(benchmarked):
+        assert (out / name).read_bytes() == (benchmarked / name).read_bytes()
 
 
 def test_two_processes_go_on_where_one_stopped(tmp_path, benchmarked):
@@ -200,8 +218,9 @@ def test_two_processes_go_on_where_one_stopped(tmp_path, benchmarked):
     out = tmp_path / "resumed"
     out.mkdir()
     shutil.copy(benchmarked / "settings.json", out)
-    whole = (benchmarked / "chain-3.jsonl").read_text().splitlines(keepends=True)
-    (out / "chain-3.jsonl").write_text("".join(whole[:18]))
+    first = responses_to(benchmarked, "chain-3")
+    whole = first.read_text().splitlines(keepends=True)
+    (out / first.name).write_text("".join(whole[:18]))
     two_processes("--out", out)
     assert results(out) == results(benchmarked)
 
@@ -220,8 +239,130 @@ def test_compare(tmp_path, capsys):
     evaluation.main(["benchmark", "--compare", a, b])
     row = "| set | 200 | 0.200 | 0.310 | +0.110 (+0.109 to +0.111) |"
     assert row in capsys.readouterr().out
-    with pytest.raises(UserError, match="needs two results.json"):
+    with pytest.raises(UserError, match="none.json: cannot be read"):
         evaluation.main(["benchmark", "--compare", a, str(tmp_path / "none.json")])
+
+
+DAMAGED_RESULTS = [
+    "",
+    "[]",
+    '{"results": []}',
+    '{"results": {}}',
+    '{"results": {"set": 1}}',
+    '{"results": {"set": {"by_problem": {}}}}',
+    '{"results": {"set": {"by_problem": {"0": "1"}}}}',
+    "[" * 100_000,
+    "9" * 5_000,
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED_RESULTS)
+def test_damaged_results_are_not_compared(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text, errors="surrogateescape")
+    assert str(path) in refused("benchmark", "--compare", path, path)
+
+
+def refused(*argv):
+    """The one line with which a command refuses."""
+    with pytest.raises(UserError) as fault:
+        evaluation.main([str(argument) for argument in argv])
+    assert "\n" not in str(fault.value)
+    return str(fault.value)
+
+
+def write_problems(path, answers):
+    """A data file of chain-like problems, with the given reference answers."""
+    records = []
+    for answer in answers:
+        question = "mod97 1: +2 start 5 ."
+        records.append({"question": question, "answer": answer, "kind": "text"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(path, records)
+    return str(path)
+
+
+def test_results_belong_to_the_content_of_a_file(tmp_path):
+    """Two files with one name have their own results; so has a file that changed, in one folder."""
+    first = write_problems(tmp_path / "a" / "set.jsonl", ["7", "7"])
+    second = write_problems(tmp_path / "b" / "set.jsonl", ["no", "no", "no"])
+    out = ["--engine", "hf", "--out", str(tmp_path / "out")]
+    evaluation.main(["benchmark", "--data", first, second, *out])
+    found = results(tmp_path / "out")
+    assert sorted(result["problems"] for result in found.values()) == [2, 3]
+    assert len({name.rpartition("-")[0] for name in found}) == 1
+
+    Path(first).write_text(Path(second).read_text())
+    evaluation.main(["benchmark", "--data", first, *out])
+    (again,) = results(tmp_path / "out").values()
+    assert again["problems"] == 3 and again["mean"] == 0
+    content = tmp_path / "out" / "results.json"
+    content.rename(tmp_path / "second.json")
+    evaluation.main(["benchmark", "--data", write_problems(tmp_path / "set.jsonl", ["7"]), *out])
+    complaint = refused("benchmark", "--compare", content, tmp_path / "second.json")
+    assert "share no problems" in complaint
+
+
+def test_unsolved_problems_are_a_data_file(benchmarked, capsys):
+    """Exactly those without a right response; they load with their step checkers."""
+    n_unsolved = 0
+    for name in unsolved_files(benchmarked):
+        path = benchmarked / name.removeprefix("unsolved-")
+        solved = {row["problem"] for row in rows_of(path) if row["reward"] == 1}
+        problems = load_problems(path.name.rpartition("-")[0], seed=10**6)[:10]
+        expected = [problem for problem in problems if problem.index not in solved]
+        loaded = load_problems(str(benchmarked / name), seed=3)
+        assert [p.to_json() for p in loaded] == [p.to_json() for p in expected]
+        for problem, original in zip(loaded, expected, strict=True):
+            for thoughts in (["x"], [f"1: {original.question.split()[2]} = 7"]):
+                assert problem.check_steps(thoughts) == original.check_steps(thoughts)
+        n_unsolved += len(expected)
+    assert 0 < n_unsolved < 20
+
+    data = str(benchmarked / unsolved_files(benchmarked)[0])
+    flags = ["--engine", "hf", "--data", data, "--n", "2", "--temperature", "1"]
+    evaluation.main(["benchmark", *flags, "--out", str(benchmarked.parent / "again")])
+    (again,) = results(benchmarked.parent / "again").values()
+    assert again["problems"] == len(load_problems(data, seed=0))
+
+
+def test_unsolved_problems_of_a_file(tmp_path, capsys):
+    """Questions, references and kinds stay as they are; no file where all are solved."""
+    tests = {"call": "double", "cases": [[[2], 4]]}
+    records = [
+        {"question": "6 * 7?", "answer": 42, "kind": "integer"},
+        {"question": "a\u2028b", "answer": "3 -1", "kind": "integers"},
+        {"question": "Half?", "answer": 0.5, "kind": "math"},
+        {"question": "Double?", "kind": "code", "tests": tests},
+    ]
+    write_lines(tmp_path / "set.jsonl", records)
+    problems = load_problems(str(tmp_path / "set.jsonl"), seed=0)
+    rewards = {0: (0.0, 1.0), 1: (0.0, 0.0), 2: (0.0, 0.0), 3: (0.0, 0.5)}  # of two responses each
+    done = {}
+    for index, of_problem in rewards.items():
+        done[index] = [{"reward": reward} for reward in of_problem]
+    path = tmp_path / "unsolved.jsonl"
+    evaluation.write_unsolved(path, problems, done)
+    assert f"{path}: the 3 of 4 problems" in capsys.readouterr().out
+    loaded = load_problems(str(path), seed=0)
+    assert [p.to_json() for p in loaded] == [p.to_json() for p in problems[1:]]
+
+    evaluation.write_unsolved(tmp_path / "none.jsonl", problems[:1], done)
+    assert not (tmp_path / "none.jsonl").exists()
+    assert "none: none of 1 problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"problem": 0}', "[]", "{", "null", "[" * 100_000, "9" * 5_000, '"\\ud800"'],
+)
+def test_damaged_responses_are_named(tmp_path, line):
+    path = tmp_path / "set.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match="set.jsonl, line 1: "):
+        curves.finished_problems(path, 1)
+    assert path.read_text() == line + "\n"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +433,7 @@ def test_localization_on_labelled_solutions(tmp_path):
     engine = Reviewer(r"\boxed{2}", r"\boxed{3}", r"\boxed{0}", "hm", r"\boxed{1}")
     policy = evaluation.Policy(Words(), engine, context=99)
     args = SimpleNamespace(seed=0, localize_tokens=9, temperature=0.3)
-    result = evaluation.on_labelled(evaluation.load_labelled(str(path)), policy, args)
+    result = evaluation.on_labelled(load_labelled(str(path)), policy, args)
     assert result["accuracy on erroneous"].startswith("0.500")
     assert result["accuracy on correct"].startswith("1.000")
     assert result["F1"] == "0.667"
@@ -305,8 +446,42 @@ def test_localization_on_labelled_solutions(tmp_path):
         assert "WRONG" in text and "no error" not in text
     assert "[Thought 1] a\n[Thought 2] b\n[Thought 3] c" in engine.asked[3]
     write_lines(path, [{"question": "Q?", "steps": ["a"], "label": 1}])
-    with pytest.raises(UserError, match="line 1: needs steps"):
-        evaluation.load_labelled(str(path))
+    with pytest.raises(UserError, match="line 1: needs question"):
+        load_labelled(str(path))
+
+
+SORTED = [{"question": "Q?", "steps": ["a", "b"], "label": k % 2} for k in range(300)]
+SORTED += [{"question": f"Q{k}?", "steps": ["a", "b"], "label": -1} for k in range(100)]
+
+
+def test_a_sample_of_labelled_solutions_keeps_the_shares():
+    """Public files are sorted by label: their first records have no correct solution."""
+    for n in (4, 40, 399):
+        chosen = sample_labelled(SORTED, n, seed=0)
+        erroneous = sum(record["label"] >= 0 for record in chosen)
+        assert len(chosen) == n and abs(erroneous - 0.75 * n) <= 0.5
+        assert chosen == sample_labelled(SORTED, n, seed=0)
+        assert chosen != sample_labelled(SORTED, n, seed=1)
+    for n in (None, 400, 10**6):
+        assert sample_labelled(SORTED, n, seed=0) == SORTED
+    chosen = sample_labelled(SORTED, 60, seed=0)
+    questions = [record["question"] for record in chosen if record["label"] < 0]
+    numbers = [int(question[1:-1]) for question in questions]
+    assert len(numbers) == 15 and numbers == sorted(numbers) and max(numbers) > 15
+
+
+def test_localization_command_on_labelled_solutions(tmp_path, capsys):
+    write_lines(tmp_path / "p.jsonl", SORTED)
+    data = ["--engine", "hf", "--data", str(tmp_path / "p.jsonl"), "--localize_tokens", "4"]
+    evaluation.main(["localization", *data, "--problems", "8"])
+    printed = capsys.readouterr().out
+    assert "solutions: 8 of 400; fewer than all are drawn by --seed" in printed
+    assert "of 2)" in printed and "of 6)" in printed  # correct, erroneous
+    write_lines(tmp_path / "p.jsonl", SORTED[:5])
+    evaluation.main(["localization", *data])
+    printed = capsys.readouterr().out
+    assert "solutions: 5 of 5;" in printed
+    assert "F1: none: it needs erroneous and correct solutions" in printed
 
 
 @pytest.mark.parametrize("reference", [by_verifier, by_oracle])
@@ -325,6 +500,141 @@ def test_localization_on_own_failures(policy, reference):
 def test_localization_command(capsys):
     evaluation.main(["localization", "--engine", "hf", "--problems", "4", "--data", "chain-4"])
     assert "a step chosen at random: 0." in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- what is refused
+
+LABELLED = '{"question": "Q?", "steps": ["a"], "label": %s}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LABELLED % 1,
+        LABELLED % -2,
+        LABELLED % "true",
+        LABELLED % "0.0",
+        LABELLED % ("9" * 5_000),
+        '{"question": "Q?", "steps": [], "label": -1}',
+        '{"question": "Q?", "steps": [1], "label": 0}',
+        '{"question": 1, "steps": ["a"], "label": 0}',
+        '{"steps": ["a"], "label": 0}',
+        LABELLED % 0 + "[]",
+        LABELLED % 0 + "[" * 100_000,
+        LABELLED % 0 + '"\\ud800"',
+    ],
+)
+def test_labelled_solutions_are_checked_whole(tmp_path, content):
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    number = 2 if content.startswith(LABELLED % 0) else 1
+    assert f"{path}, line {number}: " in refused("localization", "--engine", "hf", "--data", path)
+
+
+def test_binary_and_missing_data_is_refused(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(bytes(range(256)))
+    for command in ("benchmark", "localization", "self-correct"):
+        assert "not UTF-8 text" in refused(command, "--data", path)
+        assert "no such data file" in refused(command, "--data", tmp_path)
+        assert "no such data file" in refused(command, "--data", "x" * 300)
+
+
+NO_NUMBERS = ("0", "-1", "1e3", "x", "", "nan", "9" * 31, "9" * 5_000)
+FLAGS = {
+    "benchmark": "--problems --n --max_rows --max_thoughts --max_tokens_per_thought",
+    "localization": "--problems --max_rows --localize_tokens",
+    "self-correct": "--problems --max_rows --max_thoughts --max_tokens_per_thought",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_out_of_range_are_refused(command):
+    for flag in FLAGS[command].split():
+        for value in NO_NUMBERS:
+            said = refused(command, f"{flag}={value}")
+            assert flag in said and repr(value[:40]) in said and len(said) < 200
+    for value in NO_NUMBERS[1:]:
+        assert "--seed" in refused(command, f"--seed={value}")
+    for value in ("-0.1", "nan", "inf", "1e30", "1e-40", "x"):
+        assert "--temperature" in refused(command, f"--temperature={value}")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "none",
+        "self-correct --rounds -1",
+        "self-correct --rounds 99999999999999999999",
+        "curves run --target 1.5",
+        "curves run --target nan",
+        "report run --megabytes 0",
+        "report run --megabytes inf",
+        "report",
+        "benchmark --engine none",
+        "benchmark --none",
+        "benchmark",
+    ],
+)
+def test_command_lines_are_refused_in_one_line(flags):
+    assert refused(*flags.split())
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "/dev/null/below", "/proc/none", "FILE"])
+def test_places_that_cannot_be_written_are_refused_first(tmp_path, out, monkeypatch):
+    monkeypatch.delattr(evaluation, "open_policy")  # what comes next
+    if out == "FILE":
+        out = tmp_path / "file"
+        out.write_text("kept")
+    assert f"cannot write to {out}" in refused(*BENCH, "--out", out)
+    assert out != tmp_path / "file" or out.read_text() == "kept"
+
+
+def test_pictures_and_pages_that_cannot_be_written(tmp_path):
+    run = make_run(tmp_path / "run", 0, (0.0, 0.5))
+    for out in (tmp_path / "none" / "c.png", tmp_path / "c.xyz", tmp_path, "/dev/null/c.png"):
+        assert f"cannot write {out}" in refused("curves", run, "--out", out)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {},
+        {"step": 1},
+        {"step": "1", "total_tokens": 2},
+        {"step": 1, "total_tokens": 10**400},
+        {"step": 1, "total_tokens": 2, "eval_pass_rate": "high"},
+        {"step": 1, "total_tokens": 2, "tokens": 7},
+    ],
+)
+def test_damaged_step_lines_are_named(tmp_path, line):
+    run = make_run(tmp_path / "run", 0, (0.0, 0.5))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    for command in ("curves", "report"):
+        assert "metrics.jsonl, line 3: " in refused(command, run)
+
+
+def test_a_run_without_lines_and_a_benchmark_of_something_else(tmp_path):
+    run = make_run(tmp_path / "run", 0, (0.0, 0.5))
+    (run / "benchmark").mkdir()
+    for text in ("{}", '{"results": {"a": {"mean": 0.5, "pass_at": {"1": 0.5}}}}', "[", "[]"):
+        (run / "benchmark" / "results.json").write_text(text)
+        assert "benchmark/results.json: " in refused("curves", run)
+    (run / "metrics.jsonl").write_text("")
+    for command in ("curves", "report"):
+        assert "holds no step line yet" in refused(command, run)
+
+
+def test_a_prompt_without_room_is_refused_by_every_command(tmp_path):
+    question = "mod97 " + "1: +2 " * 400
+    write_lines(tmp_path / "p.jsonl", [{"question": question, "answer": "1", "kind": "text"}])
+    for command in ("benchmark", "localization", "self-correct"):
+        flags = ["--engine", "hf", "--data", tmp_path / "p.jsonl"]
+        if command == "benchmark":
+            flags += ["--out", tmp_path / "out"]
+        assert "the model's context is" in refused(command, *flags)
 
 
 # ----------------------------------------------------------------------------- self-correction

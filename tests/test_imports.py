@@ -20,11 +20,13 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["data/faults.py", "data/sandbox.py"],
+    ["data/faults.py", "data/inside.py"],
+    ["data/lines.py", "data/sandbox.py"],
     ["data/verifiers.py", "data/parallel.py"],
-    ["data/problems.py", "data/driver.py"],
+    ["data/labelled.py", "data/problems.py", "data/driver.py"],
     ["data/chains.py", "data/english.py", "data/policies.py"],
-    ["data/tasks.py", "data/thoughts.py"],
+    ["data/hard_chains.py", "data/thoughts.py"],
+    ["data/tasks.py"],
     # the record, the programs, the engines
     ["rollout.py"],
     ["data/contexts.py", "data/metrics.py", "data/programs.py", "localize.py"],

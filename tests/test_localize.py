@@ -1,5 +1,7 @@
 """Localization: parsing, prompts, fallbacks, and localizers against the truth."""
 
+import signal
+
 import numpy as np
 import pytest
 
@@ -51,10 +53,39 @@ from rollout import Rollout, Task, grouped, resets
         ("٣ \\boxed{٣}", (None, "unparsable")),
         (r"step 2 is wrong, but \boxed{__import__('os')}", (None, "unparsable")),
         ("\\boxed{" * 3000 + "2", (None, "unparsable")),
+        (r"\boxed{  \text{  Step   #  4  }  .}", (4, "self")),
     ],
 )
 def test_parsing(text, answer):
     assert parse_localization(text, H=5) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step" + " " * 500_000 + "!",
+        "thought #" + "\n" * 500_000 + "!",
+        "\\boxed{step" + " " * 500_000 + "!}",
+        "\\boxed{x" + " " * 500_000 + "}",
+        "\\boxed{1" + " " * 500_000 + "!}",
+        "step " * 100_000 + "!",
+        "no" * 250_000,
+        "\\boxed{" + "no" * 250_000 + "}",
+    ],
+)
+def test_hostile_answers_are_parsed_at_once(text):
+    """Time that grows with the square of the blanks would be hours; the alarm ends those."""
+
+    def end(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    try:
+        assert parse_localization(text, H=5) == (None, "unparsable")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def rollout_of(token_ids, finish="answer", text="", reward=0.0):

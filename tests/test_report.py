@@ -384,7 +384,7 @@ def test_what_cannot_be_reported(runs, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(runs["grpo"].folder, damaged)
     (damaged / "rollouts.jsonl").write_text("{broken\n")
-    with pytest.raises(UserError, match="line 1 is damaged"):
+    with pytest.raises(UserError, match="line 1: not JSON"):
         report(tmp_path / "bad.html", damaged)
 
 

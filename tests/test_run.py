@@ -249,11 +249,11 @@ def test_code_problems_need_a_sandbox(tmp_path, capsys, untouched, monkeypatch):
     flags += ["--eval_problems", "2"]
 
     run_here(*flags, "--out_dir", tmp_path / "run")
-    assert "sandbox: Landlock, seccomp" in capsys.readouterr().out
+    assert "sandbox: bubblewrap, seccomp" in capsys.readouterr().out
     last = lines_of(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["counters"]["no_code"] > 0  # the embedded policy does not write programs
 
-    monkeypatch.setattr("data.sandbox.ARCHES", {})
+    monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap there
     line = refused(capsys, *flags, "--out_dir", untouched)
     assert "kind code cannot be graded on this machine" in line
 
