@@ -48,6 +48,7 @@ LAYERS = [
         "tests/theory.py",
         "tests/conftest.py",
     ],
+    ["tests/answers.py"],
     # these may also import each other
     ["tests/test_*.py"],
 ]
