@@ -16,7 +16,7 @@ Limits, of the library and of these steps:
   - A decimal equals a number with the same six significant digits: 1/3 equals 0.333333.
   - Units are compared, not converted: `3 cm` is not `30 mm`. A unit that is not in UNITS counts for
     nothing, and a single letter that is not in \text is a variable: `5 m` is not 5.
-  - Bases are compared, not computed: `100_2` is not 4, and `25_{\text{eight}}` is not 25_8.
+  - Bases are compared, not computed: `100_2` is not 4. One in words is not read.
   - Inequalities that are joined by "or" are no union of intervals.
   - An equation equals its multiples, and no other one with the same solutions.
 
@@ -38,6 +38,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from queue import LifoQueue
 from time import process_time
+
+from data.faults import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2  # processes, each of about 100 MiB; most comparisons take a hundredth of a second
@@ -325,6 +327,7 @@ class Worker:
         # It ends by itself at its limit of CPU time; 20 times that is for a machine that hangs.
         if not wait([self.process.stdout], timeout=20 * seconds):
             self.process.kill()
+            self.process.wait()
             return "timeout"
         verdict = self.process.stdout.readline().decode().strip()
         if verdict:
@@ -341,6 +344,11 @@ class Worker:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        if self.process.stdout.readline() != b"ready\n":
+            raise UserError(
+                "answers of kind math cannot be compared: math-verify does not start here; "
+                "try python -c 'import math_verify', and pip install -r requirements.txt"
+            )
 
 
 idle: LifoQueue[Worker] = LifoQueue()  # workers that have nothing to do
@@ -369,15 +377,25 @@ def work() -> None:
     """
     import logging
 
+    import math_verify  # noqa: F401  # before it says that it is ready
+
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":  # others do not have it, or do not keep to it
+        limit(resource.RLIMIT_AS, MEMORY)
+    limit(resource.RLIMIT_CORE, 0)
+    print("ready", flush=True)
     for line in sys.stdin:
         boxed, reference, seconds = json.loads(line)
-        limit = ceil(process_time() + seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        limit(resource.RLIMIT_CPU, ceil(process_time() + seconds))
         print(compare(boxed, reference), flush=True)
+
+
+def limit(resource_kind: int, value: int) -> None:
+    """Sets a limit of this process, within the one that it may not raise."""
+    _, highest = resource.getrlimit(resource_kind)
+    if highest != resource.RLIM_INFINITY:
+        value = min(value, highest)
+    resource.setrlimit(resource_kind, (value, highest))
 
 
 def demo() -> None:

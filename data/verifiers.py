@@ -276,6 +276,12 @@ def check_sandbox() -> str:
         )
 
 
+def check_mathematics() -> str:
+    """Compares two numbers, and has nothing to print. Raises UserError where math-verify fails."""
+    mathematics.ask_worker("0.5", "1/2")
+    return ""
+
+
 def check_machine(problems: list) -> str | None:
     """Checks that this machine can grade the problems, before any expensive work.
 
@@ -285,7 +291,7 @@ def check_machine(problems: list) -> str | None:
     for name, kind in KINDS.items():
         if kind.check_machine and any(problem.kind == name for problem in problems):
             lines.append(kind.check_machine())
-    return "\n".join(lines) or None
+    return "\n".join(filter(None, lines)) or None
 
 
 # ---------------------------------------------------------------------------------- the kinds
@@ -320,7 +326,7 @@ class Kind:
     """grading waits for another process: several are graded at once while sampling goes on"""
 
     check_machine: Callable[[], str] | None = None
-    """returns a line to print, or raises UserError where the machine cannot grade this kind"""
+    """returns what to print, or raises UserError where the machine cannot grade this kind"""
 
     def grade(self, response: str, reference: str | dict) -> float:
         """Returns the reward of a whole response, in [0, 1]."""
@@ -338,7 +344,7 @@ KINDS = {
         ending="Put the list of integers in \\boxed{}, in order, with blanks between them.",
         check_reference=check_integers,
     ),
-    "math": Kind(grade_math, slow=True),
+    "math": Kind(grade_math, slow=True, check_machine=check_mathematics),
     "choice": Kind(
         grade_choice,
         ending="Put the letter of the right choice in \\boxed{}.",
@@ -377,8 +383,8 @@ def demo() -> None:
         ("code", double, ["```python\nprint(2 * int(input()))\n```", "```\nprint(4)\n```", "4"]),
     ]
     for name, reference, responses in examples:
-        if KINDS[name].check_machine:
-            print(KINDS[name].check_machine())
+        if name == "code":
+            print(check_sandbox())
         for response in responses:
             counters.clear()
             reward = KINDS[name].grade(response, reference)

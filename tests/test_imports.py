@@ -20,7 +20,8 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    ["data/faults.py", "data/mathematics.py", "data/sandbox.py"],
+    ["data/faults.py", "data/sandbox.py"],
+    ["data/mathematics.py"],
     ["data/verifiers.py", "data/parallel.py"],
     ["data/problems.py", "data/driver.py"],
     ["data/chains.py", "data/english.py", "data/policies.py"],
