@@ -134,7 +134,7 @@ def test_workers_are_few_and_import_nothing_of_the_program(tmp_path):
     for worker in workers:
         assert os.getsid(worker) != os.getsid(process.pid)  # Ctrl-C does not reach it
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 STUCK = """
@@ -153,8 +153,8 @@ def test_a_worker_ends_though_its_asker_is_killed_and_it_is_stuck(tmp_path):
     workers = children(process.pid)
     assert workers
     time.sleep(0.5)  # it computes now
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     end = time.monotonic() + 120  # for a busy machine; it takes two seconds of CPU time
     while any(is_alive(worker) for worker in workers):
         assert time.monotonic() < end, "a worker outlives the process that started it"
