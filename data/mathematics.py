@@ -11,11 +11,13 @@ busy machine turns no right answer into a timeout. Workers import math-verify an
 trainer. They end when the process that started them is gone, or else at their limit.
 
 Limits, of the library and of these steps:
-  - A list without brackets has no order: `2, 3` equals `3, 2`. Write the reference as `(2, 3)`.
+  - A list without brackets has no order, unless it has an item twice: `2, 3` equals `3, 2`. Where
+    the order matters, write the reference as `(2, 3)`.
   - `(1, 2)` is the pair and also the open interval.
   - A decimal equals a number with the same six significant digits: 1/3 equals 0.333333.
   - Units are compared, not converted: `3 cm` is not `30 mm`. A unit that is not in UNITS counts for
-    nothing, and a single letter that is not in \text is a variable: `5 m` is not 5.
+    nothing, and a single letter that is not in \text is a variable: `5 m` is not 5. Degrees are no
+    radians, and `5 million` is not 5000000.
   - Bases are compared, not computed: `100_2` is not 4. One in words is not read.
   - Inequalities that are joined by "or" are no union of intervals.
   - An equation equals its multiples, and no other one with the same solutions.
@@ -51,8 +53,10 @@ MEMORY = 4 << 30  # bytes of address space of one worker
 
 SIGNS = {
     "−": "-",
+    "–": "-",
     "×": r"\times ",
     "·": r"\cdot ",
+    "⋅": r"\cdot ",
     "÷": "/",
     "≤": r"\le ",
     "≥": r"\ge ",
@@ -64,7 +68,8 @@ SIGNS = {
     "∈": r"\in ",
     "π": r"\pi ",
     "√": r"\surd ",
-    "°": "",
+    "°": r"^\circ ",
+    "±": r"\pm ",
     "²": "^2",
     "³": "^3",
     "½": r"\frac{1}{2}",
@@ -73,7 +78,8 @@ SIGNS = {
 }
 REWRITES = [  # (pattern, replacement), in this order
     # Dollars, \( \), sizes and styles, degrees, and blanks of every width.
-    (r"\\?\$|(?<!\\)\\[()\[\]]|\\displaystyle|\\(?:left|right)(?![a-z])|\^ ?\{? ?\\circ ?\}?", ""),
+    (r"\\?\$|(?<!\\)\\[()\[\]]|\\displaystyle|\\(?:left|right)(?![a-z])", ""),
+    (r"\^ ?\{? ?\\circ ?\}?(?: ?[CF]$)?", ""),
     (r"(?<!\\)\\! ?", ""),
     (r"(?:~|(?<!\\)\\[ ,;:>]|\\q?quad(?![a-z])|\s)+", " "),
     (r"\{([,:])\}", r"\1"),
@@ -84,17 +90,18 @@ REWRITES = [  # (pattern, replacement), in this order
     (r"(^|,) ?\\text\{([^{}a-z]*)\}|\\text\{(i)\}", r"\1\2\3"),
     (r",? ?\\text\{ ?(?:and|or) ?\}", ","),
     (r" ?(?:\\text\{ ?percent ?\}|percent$)", r"\\%"),
-    # Numbers: 4.7e-34; 3 1/2; i apart from its factor, for the library takes 2i for a name.
+    # The end of a sentence.
+    (r"[ .,;]+$", ""),
+    # Numbers: 4.7e-34; 3 1/2; i apart from its factor, as 2i would be a name; a \pm b.
     (r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]\+?(-?)0*(\d+)(?![\w.])", r"\1 \\times 10^{\2\3}"),
     (r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)i(?![a-z])", " i"),
     (r"\\surd ?(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
+    (r"^([^,=]*=)?([^,=]*)\\pm([^,=]*)$", r"\1\2+\3, \2-\3"),
     # Sets: the one without elements; {x | x > 3} is x > 3; x \in A is A.
     (r"\\varnothing|\\\{ ?\\\}", r"\\emptyset"),
     (r"^\\\{ ?[a-z] ?(?:\||:|\\mid|\\vert)(?![a-z])(.*)\\\}$", r"\1"),
     (r"^[a-z] ?\\in(?![a-z])", ""),
-    # The end of a sentence.
-    (r"[ .,;]+$", ""),
 ]
 REPEATING = r"(\d+)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?"
 
@@ -150,6 +157,8 @@ UNITS = {  # a unit and its other names
     "week": "",
     "year": "",
     "mph": "",
+    "km/h": "kph",
+    "m/s": "",
     "am": "a.m.",
     "pm": "p.m.",
 }
@@ -158,12 +167,16 @@ for unit, names in UNITS.items():
     for name in (unit, *names.split()):
         UNIT_OF[name] = unit
 
-FACTOR = "dozen|hundred|thousand|million|billion|and|or"  # words that change a number
-TEXT = rf"\\text\{{(?! ?(?:{FACTOR}))(?:[^{{}}]|\{{[^{{}}]*\}})*\}}"
+# Words that change a number, and so are no unit.
+FACTOR = r"(?:dozens?|hundred|thousand|millions?|billions?|and|or)\b"
+# \text{...} with a unit, a bare word of UNITS, and other words behind a number.
+TEXT = rf"\\text\{{(?! ?{FACTOR})(?:[^{{}}]|\{{[^{{}}]*\}})*\}}"
 WORDS = rf"(?<=[\d}}i]) (?!{FACTOR})[a-z]{{3,}}(?: [a-z]+)*$"
 WORD = "|".join(re.escape(name) for name in UNIT_OF if len(name) > 1)
 UNIT = rf"(?:{TEXT}|(?:{WORD})s?(?![a-zA-Z]))(?: ?\^ ?\{{?-?\d\}}?)?"
+# Units joined by a slash, a dot or a blank, up to the end of an item: `3 \text{m} / \text{s}^2`.
 UNIT_OF_ITEM = rf"(?<=[\d}})i]) ?({UNIT}(?: ?(?:/|\\cdot)? ?{UNIT})*) ?(?=[,)\]]|$)"
+# 25_8, (25)_{8}; and x =, x_1 =, \alpha =, f(x) =, (x, y) = before a value.
 BASE = r"\(?(-?\d[\dA-Z]*)\)?_\{?\(?(\d+)\)?\}?"
 NAME = r"((?:\\?[a-zA-Z]+|\([a-z](?:, ?[a-z])*\))(?:_\w|_\{[^{}]*\})?(?:\([a-z]\))?) ?= ?([^=<>]+)"
 
@@ -199,7 +212,7 @@ def unit_name(text: str) -> str:
     r"""Returns a unit's first name with its power, or "": `\text{inches}^2` -> `in^2`."""
     word, _, power = re.sub(r"\\text|[{} ]", "", text).partition("^")
     unit = UNIT_OF.get(word) or UNIT_OF.get(word.removesuffix("s"))
-    return f"{unit}^{power or 1}" if unit else ""
+    return f"{unit}^{power}" if unit and power else unit or ""
 
 
 def differ(units: list[str], others: list[str]) -> bool:
@@ -228,10 +241,24 @@ def compare_values(given: str, wanted: str) -> str:
     is_time = r"\d{1,2}:\d\d"
     if re.fullmatch(is_time, given) or re.fullmatch(is_time, wanted):
         return "different"
+    if repeats(given) or repeats(wanted):
+        given, wanted = sequence(given), sequence(wanted)
     verdict = compare_parsed(given, wanted)
     if verdict != "equal" and "%" in given + wanted:  # 17.5% is 0.175 and also 17.5
         return compare_parsed(re.sub(r" ?\\?%", "", given), re.sub(r" ?\\?%", "", wanted))
     return verdict
+
+
+def repeats(text: str) -> bool:
+    """True for a list without brackets that has an item twice: to the library a set, without it."""
+    items = re.split(r",(?!\d{3}(?!\d)) ?", text)  # not at the comma of 1,000
+    return len(set(items)) < len(items) and not re.search(r"[()\[\]]|\\\{", text)
+
+
+def sequence(text: str) -> str:
+    """Writes a list in round brackets."""
+    inside = re.sub(r"^[(\[](.*)[)\]]$", r"\1", text)
+    return f"({inside})"
 
 
 def compare_parsed(given: str, wanted: str) -> str:
