@@ -44,7 +44,7 @@ from time import process_time
 from data.faults import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKERS = 2  # processes, each of about 100 MiB; most comparisons take a hundredth of a second
+WORKERS = 2  # processes, each of about 70 MiB; most comparisons take a hundredth of a second
 SECONDS = 5.0  # CPU time of one comparison
 MEMORY = 4 << 30  # bytes of address space of one worker
 
@@ -177,7 +177,7 @@ UNIT = rf"(?:{TEXT}|(?:{WORD})s?(?![a-zA-Z]))(?: ?\^ ?\{{?-?\d\}}?)?"
 # Units joined by a slash, a dot or a blank, up to the end of an item: `3 \text{m} / \text{s}^2`.
 UNIT_OF_ITEM = rf"(?<=[\d}})i]) ?({UNIT}(?: ?(?:/|\\cdot)? ?{UNIT})*) ?(?=[,)\]]|$)"
 # 25_8, (25)_{8}; and x =, x_1 =, \alpha =, f(x) =, (x, y) = before a value.
-BASE = r"\(?(-?\d[\dA-Z]*)\)?_\{?\(?(\d+)\)?\}?"
+BASE = r"\(?(-?\d[\dA-Z.]*)\)?_\{?\(?(\d+)\)?\}?"
 NAME = r"((?:\\?[a-zA-Z]+|\([a-z](?:, ?[a-z])*\))(?:_\w|_\{[^{}]*\})?(?:\([a-z]\))?) ?= ?([^=<>]+)"
 
 

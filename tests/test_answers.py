@@ -15,12 +15,14 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from queue import LifoQueue
 
 import pytest
 
 from conftest import ROOT
 from data import mathematics, verifiers
 from data.faults import UserError, counters
+from data.problems import Problem
 from tests.answers import DATA, SOURCES, WAYS, decided_otherwise, read_table, wrong_answers
 
 # What the graders decide otherwise than the table says: (reference, boxed) -> the reason.
@@ -60,6 +62,7 @@ def test_the_table_has_its_sizes():
         ("0, 0", ["0,0", "(0, 0)", "[0, 0]"], ["0", "0, 0, 0", "0, 1"]),  # to the library a set
         ("18", ["18 oranges", r"18\text{ ounces}", "18 miles per hour"], ["18 million", "18x"]),
         ("25", ["25^\\circ C", r"\approx 25"], ["25_8 + 1", r"25\text{ thousand}"]),
+        ("0.0011_{2}", ["0.0011_2"], ["0.0011_{3}"]),
         ("60 km/h", ["60"], [r"60\text{ m/s}"]),
         (r"\frac{-1 \pm \sqrt{5}}{2}", [r"\frac{\sqrt{5}-1}{2}, \frac{-1-\sqrt{5}}{2}"], ["1"]),
     ],
@@ -180,9 +183,12 @@ def test_a_worker_ends_though_its_asker_is_killed_and_it_is_stuck(tmp_path):
 
 
 def test_math_verify_that_does_not_start_is_one_clear_line(monkeypatch):
+    """Before training: srpo.py and eval.py call check_machine first."""
+    monkeypatch.setattr(mathematics, "idle", LifoQueue())
+    mathematics.idle.put(mathematics.Worker())
     monkeypatch.setattr(mathematics.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="math-verify does not start here") as fault:
-        mathematics.Worker().ask("1/2", "0.5", 1.0)
+        verifiers.check_machine([Problem(0, "?", "1", "math")])
     assert "\n" not in str(fault.value)
 
 
