@@ -12,11 +12,12 @@ Try it alone:  python rollout.py    # one program; `python localize.py` runs sev
 
 import os
 from collections import Counter
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from time import perf_counter
-from typing import Generator, Iterable
+from typing import Callable, Generator, Iterable
 
 from data.faults import counters
 from data.parallel import gather
@@ -186,15 +187,25 @@ def grade(flight: InFlight) -> None:
         return
     for rollout in flight.rollouts:
         if request.slow:
-            flight.rewards.append(graders().submit(request.grade, rollout.text))
+            flight.rewards.append(submit(request.grade, rollout.text))
         else:
             rollout.reward = request.grade(rollout.text)
 
 
+def submit(grade: Callable[[str], float], text: str) -> Future:
+    """Grades a text on one of the threads; its reward, or what it raises, comes with the future."""
+    reward = Future()
+    graders().apply_async(grade, (text,), {}, reward.set_result, reward.set_exception)
+    return reward
+
+
 @cache
-def graders() -> ThreadPoolExecutor:
-    """Threads that wait for slow graders: sandboxed programs, math-verify's processes."""
-    return ThreadPoolExecutor(os.cpu_count())
+def graders() -> ThreadPool:
+    """Threads that wait for slow graders: sandboxed programs, math-verify's processes.
+
+    Not a ThreadPoolExecutor: at Ctrl-C that would end only after all that is queued is graded.
+    """
+    return ThreadPool(os.cpu_count())
 
 
 def wait_for(flights: Iterable[InFlight], until: str) -> None:

@@ -5,29 +5,30 @@ answer; kind "code" has no box but a fenced program, which is run against tests.
 0.0; only code gives a share in between. `KINDS` holds everything that depends on the kind:
 
     integer   the same integer                      yes_no  yes or true, no or false
-    integers  the same integers, in the same order  text    the box contains the reference
+    integers  the same integers, in the same order  text    the same words
     math      equal for the `math-verify` library   code    the share of tests passed
     choice    the same letter
 
 A new kind is one grading function and one entry of KINDS; no other file changes.
 
-This process never evaluates text that a model wrote. Mathematics goes to a worker process that is
-killed at its time limit, programs go to the sandbox (data/sandbox.py). A timeout or an answer that
-cannot be read is a reward of 0 with a name in `faults.counters`, never a hang or an exception.
+This process never evaluates text that a model wrote. Mathematics goes to a worker process that ends
+at its time limit (data/mathematics.py, with what it cannot decide), programs go to the sandbox
+(data/sandbox.py). A timeout or an answer that cannot be read is a reward of 0 with a name in
+`faults.counters`, never a hang or an exception.
+
+Limits: an answer that begins with the article A is choice A. Beside a long reference of kind text,
+a box that denies it earns the reward (`not`, and the reference).
 
 Left out: rewards from a judge model (not reproducible), and partial credit outside code.
 
 Try it alone:  python -m data.verifiers        # grades good and bad answers of every kind
 """
 
-import multiprocessing
-import os
 import re
 from collections.abc import Callable
-from concurrent.futures import TimeoutError
 from dataclasses import dataclass
-from functools import cache
 
+from data import mathematics
 from data.faults import UserError, count, counters
 from data.sandbox import fault_of_tests, isolation, share_passed
 
@@ -97,10 +98,11 @@ def grade_integer(boxed: str, answer: str) -> float:
 
     A sign and up to 1000 ASCII digits, with or without thousands commas, count as an integer.
     """
-    if not re.fullmatch(r"[+-]?(\d{1,1000}|\d{1,3}(,\d{3}){1,300})", boxed, re.ASCII):
+    found = tidied(boxed)
+    if not re.fullmatch(r"[+-]?(\d{1,1000}|\d{1,3}(,\d{3}){1,300})", found, re.ASCII):
         count("not_an_integer")
         return 0.0
-    return float(int(boxed.replace(",", "")) == int(answer.replace(",", "")))
+    return float(int(found.replace(",", "")) == int(answer.replace(",", "")))
 
 
 def grade_integers(boxed: str, answer: str) -> float:
@@ -109,7 +111,7 @@ def grade_integers(boxed: str, answer: str) -> float:
     Blanks or commas stand between them, so `1,000` is the list of 1 and 0. Each has a sign or none
     and up to 1000 ASCII digits.
     """
-    found = boxed.replace(",", " ").split()
+    found = tidied(boxed).replace(",", " ").split()
     if not found or not all(re.fullmatch(r"[+-]?\d{1,1000}", item, re.ASCII) for item in found):
         count("not_integers")
         return 0.0
@@ -117,83 +119,50 @@ def grade_integers(boxed: str, answer: str) -> float:
     return float([int(item) for item in found] == [int(item) for item in wanted])
 
 
-MATH_SECONDS = 5.0  # wall-clock limit of one comparison by math-verify
-MATH_CHARACTERS = 2000  # longer boxes are not compared
+LONGEST_BOX = 2000  # characters; longer ones are not compared as numbers or mathematics
 
 
-def grade_math(boxed: str, answer: str, seconds: float = MATH_SECONDS) -> float:
-    """Returns 1.0 if math-verify finds the two LaTeX expressions equal.
+def tidied(boxed: str) -> str:
+    """Returns the box as `mathematics.tidy` writes it; "" if it is too long."""
+    return mathematics.tidy(boxed) if len(boxed) <= LONGEST_BOX else ""
 
-    Works on any thread: a worker process compares, and is killed after `seconds`. (The library's
-    own limit uses SIGALRM, which works on the main thread only.)
+
+def grade_math(boxed: str, answer: str, seconds: float = mathematics.SECONDS) -> float:
+    """Returns 1.0 if the two LaTeX expressions are equal, as data/mathematics.py decides.
+
+    Works on any thread: a worker process compares, and ends after `seconds` of CPU time.
     """
-    from pebble import ProcessExpired
-
-    if len(boxed) > MATH_CHARACTERS:
+    if len(boxed) > LONGEST_BOX:
         count("math_too_long")
         return 0.0
-    # A fresh worker first imports sympy, for seconds: this waits for it outside the time limit.
-    math_workers().schedule(compare_math, args=("1", "1")).result()
-    comparison = math_workers().schedule(compare_math, args=(boxed, answer), timeout=seconds)
-    try:
-        verdict = comparison.result()
-    except TimeoutError:
-        count("math_timeout")
-        return 0.0
-    except (ProcessExpired, MemoryError, RecursionError):
-        count("math_crash")
-        return 0.0
-    if verdict == "unparsable":
-        count("math_unparsable")
+    verdict = mathematics.ask_worker(boxed, answer, seconds)
+    if verdict in ("unparsable", "timeout", "crash"):
+        count(f"math_{verdict}")
     return float(verdict == "equal")
 
 
-def compare_math(boxed: str, answer: str) -> str:
-    """Returns "equal", "different" or "unparsable" (no mathematics in the box).
-
-    Runs in a worker process. math-verify's own limits are off: the caller kills the worker.
-    """
-    import logging
-
-    from math_verify import parse, verify
-
-    # math-verify warns at every call that its limits are off.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    wanted = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    given = parse(f"\\boxed{{{boxed}}}", parsing_timeout=None)
-    if verify(wanted, given, timeout_seconds=None):
-        return "equal"
-    if all(isinstance(form, str) for form in given):
-        return "unparsable"
-    return "different"
-
-
-@cache
-def math_workers():
-    """The pool of worker processes for mathematics, started at its first use."""
-    from pebble import ProcessPool
-
-    # spawn, not fork: this process has threads, and perhaps a GPU.
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPool(max_workers=os.cpu_count(), context=spawn)
-
-
 def grade_choice(boxed: str, answer: str) -> float:
-    r"""Returns 1.0 if the box names the letter of the right choice.
+    r"""Returns 1.0 if the box names the letter of the right choice, and no other one.
 
-    Read as B: `B`, `(b)`, `\text{B}`, `Option B`, and B with its text (`B. bank`, `B: bank`,
-    `(B) bank`).
+    Read as B: `B`, `(b)`, `\text{B}`, `Option B`, and B with its text (`B. bank`, `B bank`,
+    `\textbf{(B)}\ 5`). Not read: `A, B`, `A or B`, `(A) (B) (C)`.
     """
-    announced_or_bare = r"(?:(?:option|choice|answer)\s*:?\s*)?\(?([A-Za-z])\)?(?:\s*[.:)]\s*.*)?"
-    in_parentheses = r"\(([A-Za-z])\)\s.*"
-    found = re.fullmatch(
-        f"{announced_or_bare}|{in_parentheses}", unwrapped(boxed)[:500], re.S | re.I
-    )
-    if not found:
+    text = unwrapped(boxed)[:500]
+    announced = r"(?:(?i:option|choice|answer)\s*:?\s*)?"
+    letter_alone_or_with_text = r"(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[.:),-]|$)|([A-Z])(?=\s))"
+    found = re.match(announced + letter_alone_or_with_text, text)
+    if not found or names_letters(text[found.end() :]):
         count("not_a_choice")
         return 0.0
-    letter = found.group(1) or found.group(2)
+    letter = found.group(1) or found.group(2) or found.group(3)
     return float(letter.upper() == answer.strip("() ").upper())
+
+
+def names_letters(rest: str) -> bool:
+    """True if what follows a choice names another one: `, C`, `or C`, `5 (C) 6`."""
+    if re.match(r"\W*(?:or|and)\b", rest) or re.search(r"\([A-Z]\)", rest):
+        return True
+    return re.fullmatch(r"[\W_]*(?:[A-Z]\b[\W_]*)+", rest) is not None
 
 
 def grade_yes_no(boxed: str, answer: str) -> float:
@@ -207,33 +176,37 @@ def grade_yes_no(boxed: str, answer: str) -> float:
 
 
 def grade_text(boxed: str, answer: str) -> float:
-    """Returns 1.0 if the box contains the reference, as whole words and regardless of case.
+    """Returns 1.0 if the box holds the same words as the reference, regardless of case.
 
-    A box much longer than the reference earns nothing: it could list every answer.
+    An article before them does not count. Beside a reference of six words and signs or more, the
+    box may hold half as many others, such as `(balanced)` after an equation; beside a shorter one
+    none, for they could list every answer.
     """
-    given = words(unwrapped(boxed))
-    wanted = words(unwrapped(answer))
-    if not wanted or len(given) > 2 * len(wanted) + 100:
+    given = words(boxed)
+    wanted = words(answer)
+    spare = len(wanted) // 2 if len(wanted) >= 6 else 0
+    if not wanted or len(given) > len(wanted) + spare:
         count("text_too_long")
         return 0.0
-    return float(f" {wanted} " in f" {given} ")
+    return float(f" {' '.join(wanted)} " in f" {' '.join(given)} ")
 
 
-def words(text: str) -> str:
-    """Returns the words and signs of a text, lower case, one blank between two."""
-    return " ".join(re.findall(r"[^\W_]+|[^\w\s]", text.casefold()))
+def words(text: str) -> list[str]:
+    """Returns the words and signs of a text in lower case, without an article before them."""
+    found = re.findall(r"[^\W_]+|[^\w\s]", unwrapped(text).casefold().strip("\"'“”"))
+    return found[1:] if len(found) > 1 and found[0] in ("a", "an", "the") else found
 
 
 def unwrapped(boxed: str) -> str:
-    r"""Removes LaTeX's text commands, dollars and a final period: `\text{ (B) }.` -> `(B)`."""
-    command = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{(.*)\}\s*\.?"
-    bare = boxed.strip().strip("$").strip()
-    while len(bare) < 1000:  # longer: not worth the time, which grows with the square
-        found = re.fullmatch(command, bare, re.S)
-        if not found:
-            break
-        bare = found.group(1).strip()
-    return bare.removesuffix(".").strip()
+    r"""Removes LaTeX's text commands, dollars and a final period: `\textbf{(B)}\ 5.` -> `(B) 5`."""
+    text = boxed[:100_000]
+    for _ in range(
+        10
+    ):  # commands inside commands, no deeper: the time must not grow with the square
+        text = re.sub(
+            r"\\(?:text|math)(?:bf|rm|it)?\s*\{([^{}]*)\}|\\mbox\s*\{([^{}]*)\}", r"\1\2", text
+        )
+    return text.replace("$", "").replace("\\ ", " ").strip().removesuffix(".").strip()
 
 
 # --------------------------------------------- checking a reference: record -> complaint, or None
@@ -301,6 +274,12 @@ def check_sandbox() -> str:
         )
 
 
+def check_mathematics() -> str:
+    """Compares two numbers, and has nothing to print. Raises UserError where math-verify fails."""
+    mathematics.ask_worker("0.5", "1/2")
+    return ""
+
+
 def check_machine(problems: list) -> str | None:
     """Checks that this machine can grade the problems, before any expensive work.
 
@@ -310,7 +289,7 @@ def check_machine(problems: list) -> str | None:
     for name, kind in KINDS.items():
         if kind.check_machine and any(problem.kind == name for problem in problems):
             lines.append(kind.check_machine())
-    return "\n".join(lines) or None
+    return "\n".join(filter(None, lines)) or None
 
 
 # ---------------------------------------------------------------------------------- the kinds
@@ -345,7 +324,7 @@ class Kind:
     """grading waits for another process: several are graded at once while sampling goes on"""
 
     check_machine: Callable[[], str] | None = None
-    """returns a line to print, or raises UserError where the machine cannot grade this kind"""
+    """returns what to print, or raises UserError where the machine cannot grade this kind"""
 
     def grade(self, response: str, reference: str | dict) -> float:
         """Returns the reward of a whole response, in [0, 1]."""
@@ -363,7 +342,7 @@ KINDS = {
         ending="Put the list of integers in \\boxed{}, in order, with blanks between them.",
         check_reference=check_integers,
     ),
-    "math": Kind(grade_math, slow=True),
+    "math": Kind(grade_math, slow=True, check_machine=check_mathematics),
     "choice": Kind(
         grade_choice,
         ending="Put the letter of the right choice in \\boxed{}.",
@@ -402,8 +381,8 @@ def demo() -> None:
         ("code", double, ["```python\nprint(2 * int(input()))\n```", "```\nprint(4)\n```", "4"]),
     ]
     for name, reference, responses in examples:
-        if KINDS[name].check_machine:
-            print(KINDS[name].check_machine())
+        if name == "code":
+            print(check_sandbox())
         for response in responses:
             counters.clear()
             reward = KINDS[name].grade(response, reference)

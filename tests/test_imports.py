@@ -21,7 +21,7 @@ from conftest import ROOT
 
 LAYERS = [
     ["data/faults.py", "data/inside.py"],
-    ["data/lines.py", "data/sandbox.py"],
+    ["data/lines.py", "data/mathematics.py", "data/sandbox.py"],
     ["data/verifiers.py", "data/parallel.py"],
     ["data/labelled.py", "data/problems.py", "data/driver.py"],
     ["data/chains.py", "data/english.py", "data/policies.py"],
@@ -50,6 +50,7 @@ LAYERS = [
         "tests/theory.py",
         "tests/conftest.py",
     ],
+    ["tests/answers.py"],
     # these may also import each other
     ["tests/test_*.py"],
 ]

@@ -91,7 +91,7 @@ def test_references_that_are_lists_of_integers(answer):
     assert check_record({"question": "?", "kind": "integers", "answer": answer}) is None
 
 
-@pytest.mark.parametrize("answer", ["48 x", "1.5", ",", " "])
+@pytest.mark.parametrize("answer", ["48 x", "1.5", ","])
 def test_references_that_are_not(answer):
     complaint = check_record({"question": "?", "kind": "integers", "answer": answer})
     assert "not a list of integers" in complaint

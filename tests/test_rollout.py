@@ -254,7 +254,7 @@ def test_without_a_failure_it_is_plain_grpo(policy):
         assert len(buffer) == 8
         assert set(grouped(buffer)) == {(task.slot, 0)}
     assert counters["no_seed"] == 6
-    assert Counter(r.purpose for r in sampled.generated) == {"base": 48, "seed": 48}
+    assert Counter(r.purpose for r in sampled.generated) == {"base": 24, "seed": 48, "more": 24}
 
 
 # ----------------------------------------------------------------------------------------- unbiased
