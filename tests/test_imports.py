@@ -21,7 +21,7 @@ from conftest import ROOT
 
 LAYERS = [
     ["data/faults.py", "data/sandbox.py"],
-    ["data/verifiers.py", "data/parallel.py"],
+    ["data/verifiers.py", "data/parallel.py", "data/settings.py"],
     ["data/problems.py", "data/driver.py"],
     ["data/chains.py", "data/english.py", "data/policies.py"],
     ["data/tasks.py", "data/thoughts.py"],
