@@ -459,14 +459,7 @@ def set_up(cfg: Config) -> Training:
     if last_checkpoint:
         on_main(runs.check_origin, last_checkpoint, origin, cfg.allow_changes)
     n_parameters = sum(p.numel() for p in model.parameters())
-    copy_device = device if sharded else None
-    settings = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_device)
-    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **settings)
-    if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
-        raise UserError(
-            "--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not "
-            "give; use --engine hf or --top_p 1"
-        )
+    engine = open_engine(cfg, model, tokenizer, context, device if sharded else None)
     torch.manual_seed(cfg.seed)  # LoRA adapters start at random
     prepare(model, cfg, device, sharded)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -489,6 +482,18 @@ def set_up(cfg: Config) -> Training:
     return run
 
 
+def open_engine(cfg: Config, model, tokenizer, context: int, copy_device) -> Engine:
+    """The engine of --engine. copy_device: where it keeps a copy of the model; None: no copy."""
+    settings = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_device)
+    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **settings)
+    if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
+        raise UserError(
+            "--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not "
+            "give; use --engine hf or --top_p 1"
+        )
+    return engine
+
+
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems). Raises UserError where the run cannot use them."""
     train_problems = load_problems(cfg.train_data, seed=cfg.seed)
@@ -505,13 +510,13 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
 
 
 def origin_of(cfg: Config, train_problems, eval_problems, policy: dict) -> runs.Origin:
-    """What the run is a function of. policy: what policies.fingerprint tells."""
-    settings = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
-    del settings["out_dir"]
-    inputs = policy | {"training problems": train_problems, "held-out problems": eval_problems}
-    for name in ("training problems", "held-out problems"):
-        inputs[name] = [(p.question, p.answer, p.kind, p.tests) for p in inputs[name]]
-    return runs.Origin(settings, {name: runs.digest_of(inputs[name]) for name in inputs})
+    """What the run is a function of. policy: policies.fingerprint of it."""
+    fixed = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
+    del fixed["out_dir"]
+    inputs = dict(policy)
+    inputs["training problems"] = [(p.question, p.answer, p.kind, p.tests) for p in train_problems]
+    inputs["held-out problems"] = [(p.question, p.answer, p.kind, p.tests) for p in eval_problems]
+    return runs.Origin(fixed, {name: runs.digest_of(inputs[name]) for name in inputs})
 
 
 def new_out_dir(cfg: Config) -> str:

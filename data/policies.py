@@ -20,9 +20,10 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data.faults import UserError
+from data.parallel import rank
 from data.problems import Problem
 from data.verifiers import DELIMITER, KINDS
 
@@ -56,6 +57,7 @@ def load_policy(name: str | Path, dtype: torch.dtype = torch.float32):
     """(model on the CPU, tokenizer). Raises UserError with what to mend. Runs no code of the
     folder."""
     disable_progress_bar()  # of weight loading: a tiny model would print more bars than steps
+    set_verbosity_error()  # check_weights says in a line what a report of theirs says in ten
     source = policy_source(name)
     tokenizer = load_tokenizer(source, name)
     try:
@@ -151,12 +153,16 @@ def check_saving(model, tokenizer, name: str) -> None:
     """Saves everything but the weights to a folder that is removed again: what a checkpoint cannot
     hold is said now, not after the first steps.
 
-    transformers refuses to save a temperature or top_p beside do_sample = false, as some folders on
-    the hub have them. They are meant for sampling, so do_sample becomes true.
+    Some generation configs on the hub have a temperature or top_p without do_sample, which
+    transformers reads but does not save. The checkpoints then say do_sample: true.
     """
     generation = model.generation_config
-    if not generation.do_sample and (generation.temperature or generation.top_p):
+    try:
+        generation.validate(strict=True)
+    except ValueError as fault:
         generation.do_sample = True
+        if rank() == 0:
+            print(f"--model {name}: do_sample becomes true ({reason_of(fault)})")
     with TemporaryDirectory() as folder:
         try:
             for part in (model.config, generation, tokenizer):

@@ -365,7 +365,9 @@ def rewind(out_dir: Path, checkpoint: Path | None) -> float | None:
     if checkpoint is None:
         return None
     measured = [line for line in read_run(out_dir).lines if "eval_pass_rate" in line]
-    return measured[-1]["eval_pass_rate"] if measured else None
+    if not measured:
+        raise UserError(f"{out_dir}/metrics.jsonl lacks its first lines; restore the file")
+    return measured[-1]["eval_pass_rate"]
 
 
 def drop_later_lines(path: Path, last_step: int) -> None:
