@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data.faults import UserError
@@ -61,6 +61,8 @@ def load_policy(name: str | Path, dtype: torch.dtype = torch.float32):
     source = policy_source(name)
     tokenizer = load_tokenizer(source, name)
     try:
+        if (Path(source) / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(source)  # a damaged one is passed over below
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -77,7 +79,9 @@ def load_policy(name: str | Path, dtype: torch.dtype = torch.float32):
 
 def load_tokenizer(source: str, name: str | Path):
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer("1 + 1")  # some faults of its files show only here
+        return tokenizer
     except LOADING_FAULTS as fault:
         raise cannot_load(name, fault)
     except Exception as fault:

@@ -41,6 +41,7 @@ LAYERS = [
         "data/prepare.py",
         "data/build_policy.py",
         "data/warm_start.py",
+        "tests/faults.py",
         "tests/ideas.py",
         "tests/methods.py",
         "tests/speed.py",

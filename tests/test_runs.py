@@ -405,6 +405,8 @@ def test_weights_that_are_not_the_models(tmp_path, how, complaint):
         ("tokenizer.json", "{}", "cannot be loaded ("),
         ("tokenizer.json", '{"pre_tokenizer": 7}', "cannot be loaded (data did not match"),
         ("tokenizer_config.json", '{"pad_token": 7}', "has to be either str or AddedToken"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "cannot be loaded ('>' not"),
+        ("generation_config.json", "{", "generation_config.json' is not a valid JSON file"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id in generation_config"),
         ("generation_config.json", '{"max_new_tokens": -4}', "must be greater than 0, but is -4"),
     ],
