@@ -60,16 +60,16 @@ CONTENTS = ("config.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "chec
 def check_new(out_dir: Path) -> None:
     """Raises UserError if no new run can be written there. Leaves at most empty parent folders."""
     other = "choose another --out_dir"
-    if (out_dir / "config.json").exists():
+    if os.path.exists(out_dir / "config.json"):  # False where a name is too long, not an error
         raise UserError(f"{out_dir} already holds a run; go on with --resume {out_dir}, or {other}")
-    found = [name for name in CONTENTS if (out_dir / name).exists()]
+    found = [name for name in CONTENTS if os.path.exists(out_dir / name)]
     if found:  # pruning would take its checkpoints for ours
         raise UserError(
             f"{out_dir} holds {', '.join(found)} of a run without its config.json; "
             f"move them away, or {other}"
         )
     try:  # now, before the model is loaded
-        if not out_dir.exists():
+        if not os.path.exists(out_dir):
             out_dir.mkdir(parents=True)
             out_dir.rmdir()
         elif not out_dir.is_dir():

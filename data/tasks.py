@@ -13,9 +13,9 @@ Try it alone:  python -m data.tasks                    # one problem of each gen
                python -m data.tasks english-2-4        # problems of one task or file
 """
 
+import os
 import re
 import sys
-from pathlib import Path
 
 from data.chains import MAX_STEPS, generate_chains
 from data.english import generate_english
@@ -32,7 +32,7 @@ def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
     `seed` is the random seed of generated problems; a file ignores `seed` and `n`.
     Raises UserError for an unknown name, or with file and line of the first bad problem.
     """
-    if re.fullmatch(r"chain-\d+", source):
+    if re.fullmatch(r"chain-\d{1,9}", source):
         steps = int(source.removeprefix("chain-"))
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(
@@ -40,12 +40,12 @@ def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
                 "ask for one of those"
             )
         return generate_chains(steps, n, seed)
-    english = re.fullmatch(r"english-(\d+)(?:-(\d+))?", source)
+    english = re.fullmatch(r"english-(\d{1,9})(?:-(\d{1,9}))?", source)
     if english:
         low = int(english[1])
         high = int(english[2] or low)
         return generate_english(low, high, n, seed)
-    if not Path(source).is_file():
+    if not os.path.isfile(source):  # False for a name that no file can have, not an error
         raise UserError(
             f"{source}: no such data file; "
             "give a JSON-lines file, or a generated task (chain-12 or english-2-4, say)"

@@ -208,7 +208,19 @@ NUMBERS = [
     "1e-300",
     "9" * 5000,
 ]
-TEXTS = ["", " ", "\udcff", "a\nb", "a/b", "/dev/null", "/proc/self/mem", "x" * 5000, "chain-", "-"]
+TEXTS = [
+    "",
+    " ",
+    "\udcff",
+    "a\nb",
+    "a/b",
+    "/dev/null",
+    "/proc/self/mem",
+    "x" * 5000,
+    "chain-",
+    "-",
+    "chain-" + "9" * 5000,
+]
 VALUES = [None, True, -1, 0, 10**30, -0.5, 1e308, "x", "", [], {}, [[1]], {"a": None}, "\ud800"]
 LINES = [
     "{",
@@ -303,7 +315,9 @@ def srpo_flags(rng: random.Random, folder: Path) -> Case:
         flags += ["--out_dir", "run"]
 
     def use():
-        srpo.load_data(srpo.parse(flags))
+        cfg = srpo.parse(flags)
+        srpo.load_data(cfg)
+        runs.check_new(Path(cfg.out_dir))
 
     return Case(f"srpo.py {bad}", use, flags)
 

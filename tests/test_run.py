@@ -558,6 +558,8 @@ def write_bad_inputs(folder):
         ("--context 0", "--context must be at least 1"),
         (f"--seed {10**30}", "--seed must be at least 0 and at most 1000000000"),
         ("--model a\nb", "--model must be printable text"),
+        ("--train_data chain-" + "9" * 5000, "no such data file"),
+        ("--train_data " + "x" * 5000, "no such data file"),
         ("--tracker no_such", "invalid choice: 'no_such'"),
     ],
 )

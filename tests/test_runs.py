@@ -174,7 +174,9 @@ def test_a_directory_with_other_files_is_new(tmp_path):
     runs.check_new(tmp_path)
 
 
-@pytest.mark.parametrize("out", ["/dev/null", "{tmp}/file", "{tmp}/file/below", "/proc/run"])
+@pytest.mark.parametrize(
+    "out", ["/dev/null", "{tmp}/file", "{tmp}/file/below", "/proc/run", "{tmp}/" + "x" * 999]
+)
 def test_no_directory(tmp_path, out):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --out_dir"):
