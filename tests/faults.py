@@ -134,6 +134,8 @@ def finish_one(out: Path, path: Path, number: int, n: int, seed: int) -> None:
             note(path, {"run": number, "killed": kill(started, rng), "moment": round(moment, 2)})
             print(f"run {number}: killed after {moment:.1f} s", flush=True)
             return
+        finally:
+            started.kill()  # it has ended, unless Ctrl-C came to this program
     done = subprocess.run(
         command(folder, processes), env=ENVIRONMENT, capture_output=True, text=True, timeout=3600
     )

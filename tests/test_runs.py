@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -466,6 +467,17 @@ def test_a_chat_template_that_raises(policy, monkeypatch):
         monkeypatch.setattr(policy.tokenizer, "chat_template", template)
         with pytest.raises(UserError, match="the chat template of the policy fails"):
             policies.encode_prompt(policy.tokenizer, "1 + 1?")
+
+
+def test_a_gradient_that_is_not_finite(capsys, run, monkeypatch):
+    """One line, and the checkpoint before it is kept."""
+    nan = torch.tensor(float("nan"))
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: nan)
+    monkeypatch.setattr("srpo.weigh", lambda *_: [SimpleNamespace(weights=[1.0])])
+    monkeypatch.setattr("srpo.backward", lambda *_: None)
+    line = refused(capsys, "--resume", run, "--steps", "3")
+    assert "the gradient of step 3 is not finite" in line and "smaller --lr" in line
+    assert runs.newest_checkpoint(run).name == "step_2"
 
 
 # ------------------------------------------------------------------------------------------ tracker
