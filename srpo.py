@@ -31,25 +31,40 @@ import re
 import sys
 import time
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, ClassVar, Literal, Optional
+from types import ModuleType
+from typing import Annotated, Callable, ClassVar, Literal, Optional
+
+# Before torch loads OpenMP: threads that wait for each other sleep. By default they spin, and where
+# another program wants the same cores a step takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from data import parallel, policies, runs
 from data.curves import by_name, draw_curves
 from data.driver import run_programs
 from data.faults import UserError, counters
-from data.metrics import Clock, Sums, Update, step_metrics, update_metrics
+from data.metrics import Clock, Sums, Update, load_tracker, step_metrics, update_metrics
 from data.parallel import gather, on_main, processes, rank, whole_weights
 from data.problems import Problem
 from data.programs import load_program, trained_rollouts
+from data.settings import (
+    Amount,
+    Bounds,
+    NotNegative,
+    Positive,
+    Share,
+    Temperature,
+    check_settings,
+    given,
+    read_command_line,
+    setting,
+)
 from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER, check_machine
 from eval import evaluate
@@ -63,10 +78,6 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 # ---------------------------------------------------------------------------------------- settings
 
 
-def setting(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class MethodSettings:
     _argument_group_name: ClassVar[str] = "method"
@@ -78,36 +89,46 @@ class MethodSettings:
     split: Literal["1x4", "2x4", "1x8"] = setting(
         "1x4", "prefixes x suffixes of 8 trained rollouts per prompt; the rest is the base group"
     )
-    base: Optional[int] = setting(None, "size of the base group; unset: by --split, 8 for grpo")
-    prefixes: Optional[int] = setting(None, "reset states of a prompt; unset: by --split")
-    suffixes: Optional[int] = setting(None, "continuations of a reset state; unset: by --split")
+    base: Optional[NotNegative] = setting(
+        None, "size of the base group; unset: by --split, 8 for grpo"
+    )
+    prefixes: Optional[NotNegative] = setting(None, "reset states of a prompt; unset: by --split")
+    suffixes: Optional[NotNegative] = setting(
+        None, "continuations of a reset state; unset: by --split"
+    )
     localizer: Optional[Literal["self", "random", "verifier", "oracle"]] = setting(
         None, "who finds the first wrong thought; unset: self, for rrpo random"
     )
     localize_fallback: Literal["random", "first", "skip"] = setting(
         "random", "h* where the policy names none; skip: that seed is not used"
     )
-    localize_temperature: float = setting(0.3, "sampling temperature of localization")
-    localize_tokens: int = setting(4096, "longest localization answer, tokens")
-    oracle_samples: int = setting(8, "oracle: continuations of each prefix")
-    oracle_tau: float = setting(0.1, "oracle: h* is the first thought to lose more value than this")
+    localize_temperature: Amount = setting(0.3, "sampling temperature of localization")
+    localize_tokens: Positive = setting(4096, "longest localization answer, tokens")
+    oracle_samples: Positive = setting(8, "oracle: continuations of each prefix")
+    oracle_tau: Annotated[float, Bounds(-1, 1)] = setting(
+        0.1, "oracle: h* is the first thought to lose more value than this"
+    )
     seed_source: Literal["base", "fresh"] = setting(
         "base", "seeds are failures of the base group, which stay in it, or fresh draws"
     )
-    max_seed_draws: int = setting(8, "fresh draws for a prompt in search of a failure, at most")
-    rounds: int = setting(12, "walk: resets of a prompt, at most; 0: none")
-    correct: float = setting(1.0, "a reward below this is a failure")
+    max_seed_draws: NotNegative = setting(
+        8, "fresh draws for a prompt in search of a failure, at most"
+    )
+    rounds: NotNegative = setting(12, "walk: resets of a prompt, at most; 0: none")
+    correct: Annotated[float, Bounds(0, 1)] = setting(1.0, "a reward below this is a failure")
     mask_prefix: bool = setting(True, "train suffix rollouts on their suffix only")
     length: Literal["trained", "response", "step"] = setting(
         "trained",
         "a token weighs A over its rollout's trained tokens (paper), its whole response, "
         "or all trained tokens of the step",
     )
-    off_policy_shape: float = setting(
+    off_policy_shape: Amount = setting(
         0.0, "off-policy tokens weigh A p/(p + this), Critique-GRPO: 0.1; 0: A log p"
     )
-    clip: float = setting(0.0, "epsilon of the clipped surrogate; 0: plain REINFORCE")
-    updates: int = setting(1, "gradient steps on each buffer; above 1 is off-policy: use --clip")
+    clip: Amount = setting(0.0, "epsilon of the clipped surrogate; 0: plain REINFORCE")
+    updates: Positive = setting(
+        1, "gradient steps on each buffer; above 1 is off-policy: use --clip"
+    )
 
 
 @dataclass
@@ -116,7 +137,7 @@ class DataSettings:
     model: str = setting("embedded", "folder or hub id of the policy; embedded: data/policy")
     train_data: str = setting("chain-12", f"JSON-lines file, or a generated task: {GENERATED}")
     eval_data: str = setting("chain-12", "held-out problems, in the same forms")
-    seed: int = setting(0, "the run is a function of it")
+    seed: NotNegative = setting(0, "the run is a function of it")
 
 
 @dataclass
@@ -125,58 +146,70 @@ class SamplingSettings:
     engine: Literal["auto", "hf", "vllm"] = setting(
         "auto", "what samples: hf is transformers; auto is vllm where it works, else hf"
     )
-    engine_memory: float = setting(0.5, "share of a GPU's memory that vLLM takes")
-    tp: int = setting(1, "processes that share one vLLM, for models that do not fit one GPU")
-    context: Optional[int] = setting(None, "longest sequence, tokens; unset: the model's")
-    max_thoughts: int = setting(20, "thoughts in a response, at most")
-    max_tokens_per_thought: int = setting(256, "tokens in a thought, at most")
-    temperature: float = setting(1.0, "sampling temperature; log-probs are taken at it")
-    top_p: float = setting(1.0, "nucleus sampling; below 1 the gradient is biased")
-    max_rows: int = setting(512, "rows that a process samples at once")
+    engine_memory: Share = setting(0.5, "share of a GPU's memory that vLLM takes")
+    tp: Positive = setting(1, "processes that share one vLLM, for models that do not fit one GPU")
+    context: Optional[Positive] = setting(None, "longest sequence, tokens; unset: the model's")
+    max_thoughts: Positive = setting(20, "thoughts in a response, at most")
+    max_tokens_per_thought: Positive = setting(256, "tokens in a thought, at most")
+    temperature: Temperature = setting(1.0, "sampling temperature; log-probs are taken at it")
+    top_p: Share = setting(1.0, "nucleus sampling; below 1 the gradient is biased")
+    max_rows: Positive = setting(512, "rows that a process samples at once")
 
 
 @dataclass
 class TrainingSettings:
     _argument_group_name: ClassVar[str] = "training"
-    steps: int = setting(80, "training steps (one buffer each)")
-    prompts_per_step: int = setting(32, "problems in a step")
-    lr: Optional[float] = setting(
+    steps: Positive = setting(80, "training steps (one buffer each)")
+    prompts_per_step: Positive = setting(32, "problems in a step")
+    lr: Optional[Annotated[float, Bounds(0, 1)]] = setting(
         None, "learning rate; unset: 5e-4 for the embedded policy, 5e-5 with LoRA, else 1e-6"
     )
-    weight_decay: float = setting(0.01, "AdamW weight decay")
-    grad_clip: float = setting(1.0, "largest norm of the gradient")
-    lora_rank: int = setting(0, "rank of LoRA adapters (paper: 64; needs peft); 0: all weights")
+    weight_decay: Amount = setting(0.01, "AdamW weight decay")
+    grad_clip: Annotated[float, Bounds(0, above=True)] = setting(
+        1.0, "largest norm of the gradient"
+    )
+    lora_rank: NotNegative = setting(
+        0, "rank of LoRA adapters (paper: 64; needs peft); 0: all weights"
+    )
     grad_checkpointing: bool = setting(False, "less memory, a third more compute")
-    micro_batch: int = setting(64, "rows in a forward of a process; the gradient stays the same")
-    chunk: int = setting(4096, "tokens in a call of the head; the gradient stays the same")
+    micro_batch: Positive = setting(
+        64, "rows in a forward of a process; the gradient stays the same"
+    )
+    chunk: Positive = setting(4096, "tokens in a call of the head; the gradient stays the same")
 
 
 @dataclass
 class LoggingSettings:
     _argument_group_name: ClassVar[str] = "evaluating, logging and resuming"
-    eval_every: int = setting(20, "steps between evaluations; 0: only before and after")
-    eval_problems: int = setting(256, "held-out problems that are used, at most")
-    eval_samples: int = setting(2, "responses to each held-out problem")
-    save_every: int = setting(20, "steps between checkpoints; the last two are kept")
-    rollouts_every: int = setting(10, "save rollouts of every n-th step, from the first; 0: none")
+    eval_every: NotNegative = setting(20, "steps between evaluations; 0: only before and after")
+    eval_problems: Positive = setting(256, "held-out problems that are used, at most")
+    eval_samples: Positive = setting(2, "responses to each held-out problem")
+    save_every: Positive = setting(20, "steps between checkpoints; the last two are kept")
+    rollouts_every: NotNegative = setting(
+        10, "save rollouts of every n-th step, from the first; 0: none"
+    )
     out_dir: Optional[str] = setting(None, "run directory; unset: a new one under runs/")
     resume: Optional[str] = setting(None, "run directory to go on with; its settings are used")
+    allow_changes: bool = setting(
+        False, "resume although settings, problems, model config or tokenizer changed"
+    )
+    tracker: Optional[Literal["trackio", "wandb"]] = setting(
+        None, "package that gets the step lines too; unset: none"
+    )
 
 
 GROUPS = (MethodSettings, DataSettings, SamplingSettings, TrainingSettings, LoggingSettings)
 SPLITS = {"1x4": (4, 1, 4), "2x4": (0, 2, 4), "1x8": (0, 1, 8)}  # base, prefixes, suffixes
-POSITIVE = (
-    "steps prompts_per_step max_thoughts max_tokens_per_thought micro_batch chunk max_rows updates "
-    "eval_problems eval_samples save_every localize_tokens oracle_samples tp"
-).split()
-NOT_NEGATIVE = (
-    "base prefixes suffixes max_seed_draws rounds eval_every rollouts_every seed clip "
-    "off_policy_shape localize_temperature lora_rank"
-).split()
 # Not in a run's name: method and split (it shows them), the seed, and what changes no step.
 UNNAMED = (
     "method split seed steps out_dir resume engine engine_memory tp grad_checkpointing micro_batch "
-    "chunk max_rows eval_every save_every rollouts_every"
+    "chunk max_rows eval_every save_every rollouts_every allow_changes tracker"
+).split()
+
+# On --resume these may change: what a step computes stays the same, up to rounding.
+MAY_CHANGE = (
+    "steps resume eval_every save_every rollouts_every "
+    "micro_batch chunk max_rows engine_memory grad_checkpointing allow_changes tracker"
 ).split()
 
 
@@ -209,16 +242,13 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
 
     def check(self) -> None:
         """Raises UserError for settings that cannot work."""
-        for name in POSITIVE:
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, not {getattr(self, name)}")
+        check_settings(self)
         if self.method in ("grpo", "walk") and self.prefixes:
             raise UserError(
                 f"--method {self.method} has no suffix groups; leave --prefixes out, or use srpo"
             )
+        if 0 < self.localize_temperature < 0.01:
+            raise UserError("--localize_temperature must be 0 (greedy) or at least 0.01")
         if self.prefixes and self.suffixes < 2:
             raise UserError(f"--suffixes must be at least 2, not {self.suffixes}: it is a group")
         if self.base + self.prefixes * self.suffixes < 2:
@@ -230,14 +260,6 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
                 "--method rrpo resets at random; "
                 f"use --method srpo with --localizer {self.localizer}"
             )
-        if not self.temperature > 0:
-            raise UserError(
-                f"--temperature must be above 0, not {self.temperature}: "
-                "greedy groups have no variance to learn from"
-            )
-        for name in ("top_p", "engine_memory"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"--{name} must be in (0, 1], not {getattr(self, name)}")
         if processes() % self.tp:
             raise UserError(
                 f"--tp {self.tp} must divide the number of processes, {processes()}; "
@@ -301,6 +323,7 @@ def train(cfg: Config) -> dict:
     bar.close()
     run.stop.restore()
     print_result(run, stopping, time.time() - start_time)
+    close(run)
     return {"before": run.progress.before, "after": run.after, "out_dir": str(run.out_dir)}
 
 
@@ -353,9 +376,9 @@ def update_policy(run: "Training", rollouts: list[Rollout], clock: "Clock") -> U
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
         grad_norm = parallel.whole(norm).item()
         if not np.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient of step {run.progress.step + 1} is not finite; "
-                "resume from the last checkpoint"
+            raise UserError(
+                f"the gradient of step {run.progress.step + 1} is not finite; the last checkpoint "
+                "is from before that: start from there with a smaller --lr"
             )
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -413,6 +436,8 @@ class Training:
     train_set: ProblemSet
     eval_set: ProblemSet
     out_dir: Path
+    origin: runs.Origin  # what --resume compares
+    tracker: ModuleType | None  # of --tracker; on rank 0
     progress: runs.Progress = field(default_factory=runs.Progress)
     stop: parallel.StopRequest = field(default_factory=parallel.StopRequest)  # listens from now on
     after: float | None = None  # the last held-out pass rate
@@ -423,29 +448,27 @@ def set_up(cfg: Config) -> Training:
     """Loads everything, checks everything, and only then writes to the run directory."""
     program = load_program(cfg.method)
     train_problems, eval_problems = load_data(cfg)
+    tracker = load_tracker(cfg.tracker) if rank() == 0 else None
     device, sharded = parallel.connect()
     out_dir = Path(cfg.resume or cfg.out_dir or on_main(new_out_dir, cfg))
     last_checkpoint = None
     if cfg.resume:
-        last_checkpoint = on_main(runs.newest_checkpoint, out_dir)
+        last_checkpoint = on_main(runs.reopen, out_dir, cfg.steps)
     else:
         on_main(runs.check_new, out_dir)
     dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
     model, tokenizer = policies.load_policy(cfg.model, dtype)
     policies.check_head(model, cfg.model)
-    longest = model.config.get_text_config().max_position_embeddings
+    policies.check_saving(model, tokenizer, cfg.model)
+    longest = policies.longest_sequence(model, cfg.model)
     context = min(cfg.context or longest, longest)
     train_prompts = policies.encode_all(tokenizer, train_problems, context, cfg.train_data)
     eval_prompts = policies.encode_all(tokenizer, eval_problems, context, cfg.eval_data)
+    origin = origin_of(cfg, train_problems, eval_problems, policies.fingerprint(model, tokenizer))
+    if last_checkpoint:
+        on_main(runs.check_origin, last_checkpoint, origin, cfg.allow_changes)
     n_parameters = sum(p.numel() for p in model.parameters())
-    copy_device = device if sharded else None
-    settings = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_device)
-    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **settings)
-    if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
-        raise UserError(
-            "--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not "
-            "give; use --engine hf or --top_p 1"
-        )
+    engine = open_engine(cfg, model, tokenizer, context, device if sharded else None)
     torch.manual_seed(cfg.seed)  # LoRA adapters start at random
     prepare(model, cfg, device, sharded)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -461,9 +484,23 @@ def set_up(cfg: Config) -> Training:
         train_set=ProblemSet(train_problems, train_prompts),
         eval_set=ProblemSet(eval_problems, eval_prompts),
         out_dir=out_dir,
+        origin=origin,
+        tracker=tracker,
     )
     begin(run, last_checkpoint, n_parameters)
     return run
+
+
+def open_engine(cfg: Config, model, tokenizer, context: int, copy_device) -> Engine:
+    """The engine of --engine. copy_device: where it keeps a copy of the model; None: no copy."""
+    settings = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_device)
+    engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **settings)
+    if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
+        raise UserError(
+            "--clip with --top_p below 1 needs log-probs of the whole policy, which vLLM does not "
+            "give; use --engine hf or --top_p 1"
+        )
+    return engine
 
 
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
@@ -479,6 +516,16 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
         if isolation:
             print(isolation)
     return train_problems, eval_problems
+
+
+def origin_of(cfg: Config, train_problems, eval_problems, policy: dict) -> runs.Origin:
+    """What the run is a function of. policy: policies.fingerprint of it."""
+    fixed = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
+    del fixed["out_dir"]
+    inputs = dict(policy)
+    inputs["training problems"] = [(p.question, p.answer, p.kind, p.tests) for p in train_problems]
+    inputs["held-out problems"] = [(p.question, p.answer, p.kind, p.tests) for p in eval_problems]
+    return runs.Origin(fixed, {name: runs.digest_of(inputs[name]) for name in inputs})
 
 
 def new_out_dir(cfg: Config) -> str:
@@ -501,13 +548,19 @@ def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
 def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> None:
     """Writes config.json (or loads the last checkpoint), prints the header, measures the policy."""
     cfg = run.cfg
+    settings = {"name": cfg.name()} | asdict(cfg) | {"resume": None, "allow_changes": False}
     if last_checkpoint:
         run.progress = runs.load_checkpoint(last_checkpoint, run.model, run.optimizer)
+        for group in run.optimizer.param_groups:  # the settings', if --allow_changes changed them
+            group |= {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
         run.engine.sync(whole_weights(run.model))
     if cfg.resume:
         run.after = on_main(runs.rewind, run.out_dir, last_checkpoint)
+        on_main(runs.remember, run.out_dir, settings)
     else:
-        on_main(runs.start, run.out_dir, {"name": cfg.name()} | asdict(cfg))
+        on_main(runs.start, run.out_dir, settings)
+    if run.tracker:
+        run.tracker.init(project="srpo", name=run.out_dir.name, config=settings, resume="allow")
     if rank() == 0:
         print(
             f"{cfg.name()} | {n_parameters / 1e6:.2f} M parameters on {processes()} x "
@@ -536,10 +589,14 @@ def evaluate_log_and_save(run: Training, bar: tqdm, line: dict, last: bool) -> N
         say(bar, f"step {step}: held-out pass rate {run.after:.3f}, {tokens} generated")
     if rank() == 0:
         runs.append(run.out_dir / "metrics.jsonl", [line])
+        if run.tracker:
+            run.tracker.log({key: line[key] for key in line if line[key] is not None}, step=step)
         if evaluated:
-            draw_curves(by_name([run.out_dir]), run.out_dir / "curve.png")
+            with runs.writing(run.out_dir / "curve.png"):
+                draw_curves(by_name([run.out_dir]), run.out_dir / "curve.png")
     if last or step % cfg.save_every == 0:
-        runs.save_checkpoint(run.out_dir, run.progress, run.model, run.tokenizer, run.optimizer)
+        parts = run.model, run.tokenizer, run.optimizer
+        runs.save_checkpoint(run.out_dir, run.progress, run.origin, *parts)
     rate = line["pass_suffix"] if line["pass_base"] is None else line["pass_base"]
     passed = "" if rate is None else f"pass {rate:.2f}, "
     bar.set_postfix_str(passed + tokens)
@@ -576,49 +633,30 @@ def print_result(run: Training, stopped: bool, seconds: float) -> None:
     print(f"run directory: {run.out_dir}  (curve.png, metrics.jsonl, rollouts.jsonl, checkpoints/)")
 
 
+def close(run: Training) -> None:
+    if run.tracker:
+        run.tracker.finish()
+    if rank() == 0:
+        runs.leave(run.out_dir)
+
+
 # ------------------------------------------------------------------------------------- command line
-
-# On --resume these may change: what a step computes stays the same, up to rounding.
-MAY_CHANGE = (
-    "steps resume eval_every save_every rollouts_every "
-    "micro_batch chunk max_rows engine_memory grad_checkpointing"
-).split()
-
-
-class Help(ArgumentDefaultsHelpFormatter):
-    """Prints a default once; where the default is unset, the help text says what that means."""
-
-    def _get_help_string(self, action):
-        if action.option_strings[0].startswith("--no_"):
-            return "the same with false"
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse(argv: list[str]) -> Config:
     """Config from the command line. With --resume it is the saved one; other flags must agree."""
-    parser = HfArgumentParser(
-        GROUPS,
-        description="Trains a policy with SRPO, RRPO or GRPO. See README.md.",
-        allow_abbrev=False,
-        formatter_class=Help,
-    )
-    *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise UserError(f"unknown setting {unknown[0]}; see python srpo.py --help")
-    settings = {}
-    for group in groups:
-        settings |= asdict(group)
-    cfg = Config(**settings)
+    about = "Trains a policy with SRPO, RRPO or GRPO. See README.md."
+    cfg = Config(**read_command_line(GROUPS, about, argv))
     if not cfg.resume:
         return cfg.resolve()
     resumed = saved_config(Path(cfg.resume))
     for name in sorted(given(argv)):
-        if name in MAY_CHANGE:
+        if name in MAY_CHANGE or cfg.allow_changes:
             setattr(resumed, name, getattr(cfg, name))
         elif getattr(cfg, name) != getattr(resumed, name):
             raise UserError(
                 f"--resume {cfg.resume}: that run has {name} = {getattr(resumed, name)}, "
-                f"not {getattr(cfg, name)}; leave --{name} out"
+                f"not {getattr(cfg, name)}; leave --{name} out, or add --allow_changes true"
             )
     return resumed.resolve()
 
@@ -626,23 +664,13 @@ def parse(argv: list[str]) -> Config:
 def saved_config(out_dir: Path) -> Config:
     """The settings of a saved run. Settings that it lacks get their defaults; a line names them."""
     saved = runs.read_settings(out_dir)
-    if "method" not in saved:
-        raise UserError(f"--resume {out_dir}: no run of this program is there (no method)")
     known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
+    saved_cfg = Config(**known)
+    check_settings(saved_cfg, f"{out_dir}/config.json: ")
     missing = [f.name for f in fields(Config) if f.name not in saved]
     if missing and rank() == 0:
         print(f"--resume {out_dir}: an older run; it gets the default of {', '.join(missing)}")
-    return Config(**known)
-
-
-def given(argv: list[str]) -> set[str]:
-    """Names of the settings on a command line."""
-    names = set()
-    for arg in argv:
-        if arg.startswith("--"):
-            name = arg.split("=")[0].removeprefix("--").replace("-", "_")
-            names.add(name.removeprefix("no_"))
-    return names
+    return saved_cfg
 
 
 def command() -> str:

@@ -3,17 +3,22 @@
 srpo.py joins them with the step number and the counters, and writes the line to metrics.jsonl.
 Rates are in [0, 1], tokens are counts, and None says that there was nothing to measure.
 
+`load_tracker` finds what --tracker sends the step lines to as well.
+
 Left out: statistics over steps or seeds; see data/curves.py.
 """
 
 from collections import Counter
 from dataclasses import dataclass, fields
+from importlib import import_module
 from itertools import chain
 from time import perf_counter
+from types import ModuleType
 
 import numpy as np
 import torch
 
+from data.faults import UserError
 from rollout import Rollout, Task, grouped
 
 
@@ -221,3 +226,15 @@ class Clock:
         if torch.cuda.is_available():
             metrics["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return metrics
+
+
+def load_tracker(package: str | None) -> ModuleType | None:
+    """The package that --tracker names. trackio and wandb have the same init, log and finish."""
+    if package is None:
+        return None
+    try:
+        return import_module(package)
+    except ImportError as fault:
+        raise UserError(
+            f"--tracker {package} cannot be used ({fault}); pip install {package}, or leave it out"
+        )

@@ -3,6 +3,7 @@ weights.
 
 `torchrun` starts the processes; without it there is one, and every function here still works.
 
+    connect() joins them, and lets them end with torchrun's agent;
     rank() 0 writes files and prints; gather(x) gives every process what each one has;
     on_main(f) runs f once, on rank 0; shard(model, ...) splits parameters, gradients and optimizer
     state (FSDP2); whole_weights(model) names them as a Hugging Face checkpoint does.
@@ -12,6 +13,7 @@ Left out: pipeline and sequence parallelism, and training and sampling on differ
 Try it alone:  torchrun --nproc_per_node=2 -m data.parallel    # each process says who it is
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -51,6 +53,8 @@ def connect() -> tuple[torch.device, bool]:
     master weights is then the same code as on many. Raises UserError if a process has no GPU of its
     own.
     """
+    if processes() > 1:
+        end_with_parent()
     local = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     if cuda and local >= torch.cuda.device_count():
@@ -71,6 +75,23 @@ def connect() -> tuple[torch.device, bool]:
             dist.init_process_group(backend, timeout=patience, store=store, rank=0, world_size=1)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     return device, sharded
+
+
+PARENT = os.getppid()  # who started this process: torchrun's agent, in a run of several
+PR_SET_PDEATHSIG = 1  # see prctl(2)
+
+
+def end_with_parent() -> None:
+    """From now on the system kills this process when its parent ends, however it ends (Linux).
+
+    A process whose agent is gone would go on training beside the run that --resume starts.
+    """
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError("prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != PARENT:  # it ended before the call
+        os._exit(1)
 
 
 def disconnect() -> None:
@@ -129,7 +150,8 @@ class StopRequest:
 
     def request(self, *_) -> None:
         self.requested = True
-        for sign in self.before:  # no KeyboardInterrupt: at its end Python waits for all threads
+        # No KeyboardInterrupt: Python would first wait for every answer that is still to be graded.
+        for sign in self.before:
             signal.signal(sign, signal.SIG_DFL)
         if rank() == 0:
             print("\nstopping after this step (once more: at once)", file=sys.stderr)

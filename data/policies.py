@@ -11,13 +11,19 @@ Try it alone:  python -m data.policies    # the prompt of a problem, as the embe
 
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data.faults import UserError
+from data.parallel import rank
 from data.problems import Problem
 from data.verifiers import DELIMITER, KINDS
 
@@ -31,18 +37,105 @@ def policy_source(name: str | Path) -> str:
     return str(EMBEDDED) if name == "embedded" else str(name)
 
 
+# What transformers, tokenizers, safetensors and torch raise for folders that are damaged, or of
+# something else. Their own loading has no one type for it.
+LOADING_FAULTS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
 def load_policy(name: str | Path, dtype: torch.dtype = torch.float32):
-    """(model on the CPU, tokenizer). Raises UserError with what to mend."""
+    """(model on the CPU, tokenizer). Raises UserError with what to mend. Runs no code of the
+    folder."""
     disable_progress_bar()  # of weight loading: a tiny model would print more bars than steps
+    set_verbosity_error()  # check_weights says in a line what a report of theirs says in ten
     source = policy_source(name)
+    tokenizer = load_tokenizer(source, name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as fault:
-        reason = str(fault).strip().splitlines()[0]
-        raise UserError(
-            f"--model {name}: cannot be loaded ({reason}); give a Hugging Face folder or hub id"
+        if (Path(source) / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(source)  # a damaged one is passed over below
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_weights names them
         )
+    except LOADING_FAULTS as fault:
+        raise cannot_load(name, fault)
+    check_weights(model, info, name)
+    check_tokenizer(model, tokenizer, name)
+    return model, tokenizer
+
+
+def load_tokenizer(source: str, name: str | Path):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer("1 + 1")  # some faults of its files show only here
+        return tokenizer
+    except LOADING_FAULTS as fault:
+        raise cannot_load(name, fault)
+    except Exception as fault:
+        if type(fault) is not Exception:  # which is what tokenizers raises for a damaged file
+            raise
+        raise cannot_load(name, fault)
+
+
+def cannot_load(name: str | Path, fault: BaseException) -> UserError:
+    return UserError(
+        f"--model {name}: cannot be loaded ({reason_of(fault)}); "
+        "give a Hugging Face folder or hub id"
+    )
+
+
+def reason_of(fault: BaseException) -> str:
+    """The first line of an error's message; the second where the first only says what failed."""
+    lines = str(fault).strip().splitlines() or [type(fault).__name__]
+    if lines[0].endswith(":") and len(lines) > 1:
+        del lines[0]
+    return lines[0].strip()[:300]
+
+
+def check_weights(model, info: dict, name: str | Path) -> None:
+    """Raises UserError unless each parameter was read from the folder, and is finite. info: what
+    from_pretrained reports; a parameter that it does not find starts at random."""
+    faults = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        found = sorted(map(weight_name, info[f"{kind}_keys"]))
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            faults.append(f"{kind}: {', '.join(found[:3])}{more}")
+    if faults:
+        raise UserError(
+            f"--model {name}: the weights do not fit its config.json ({'; '.join(faults)}); "
+            "mend one of the two"
+        )
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"--model {name}: {key} holds nan or inf; give weights from before that happened"
+            )
+
+
+def weight_name(key: str | tuple) -> str:
+    """A key of from_pretrained's report. A mismatched one comes with two shapes."""
+    if isinstance(key, str):
+        return key
+    name, saved, configured = key
+    return f"{name} is {list(saved)}, not {list(configured)}"
+
+
+def check_tokenizer(model, tokenizer, name: str | Path) -> None:
+    """Raises UserError if the tokenizer cannot be used, or does not belong to the model."""
     if tokenizer.pad_token_id is None:
         raise UserError(
             f"--model {name}: its tokenizer has no pad token; "
@@ -54,7 +147,49 @@ def load_policy(name: str | Path, dtype: torch.dtype = torch.float32):
             f"--model {name}: the tokenizer has more tokens ({len(tokenizer)}) than the model has "
             f"embeddings ({embeddings}); they do not belong together"
         )
-    return model, tokenizer
+    if not all(type(token) is int for token in eos_of(model)):
+        raise UserError(
+            f"--model {name}: eos_token_id in generation_config.json is no token id; give a number"
+        )
+
+
+def check_saving(model, tokenizer, name: str) -> None:
+    """Saves everything but the weights to a folder that is removed again: what a checkpoint cannot
+    hold is said now, not after the first steps.
+
+    Some generation configs on the hub have a temperature or top_p without do_sample, which
+    transformers reads but does not save. The checkpoints then say do_sample: true.
+    """
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError as fault:
+        generation.do_sample = True
+        if rank() == 0:
+            print(f"--model {name}: do_sample becomes true ({reason_of(fault)})")
+    with TemporaryDirectory() as folder:
+        try:
+            for part in (model.config, generation, tokenizer):
+                part.save_pretrained(folder)
+        except LOADING_FAULTS as fault:
+            raise UserError(
+                f"--model {name}: cannot be saved again ({reason_of(fault)}); "
+                "mend its configuration files"
+            )
+
+
+def fingerprint(model, tokenizer) -> dict[str, str]:
+    """What tells this policy apart for --resume: name of a part -> its content as text.
+
+    Not the weights: a checkpoint holds them. Not what changes with the machine or the library.
+    """
+    config = model.config.to_diff_dict()
+    for key in ("transformers_version", "dtype"):
+        config.pop(key, None)
+    tokens = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    if tokenizer.is_fast:
+        tokens.append(tokenizer.backend_tokenizer.to_str())
+    return {"model config": repr(config), "tokenizer": repr(tokens)}
 
 
 def check_head(model, name: str) -> None:
@@ -72,6 +207,17 @@ def check_head(model, name: str) -> None:
             f"--model {name}: {type(model).__name__} changes the logits after its head, which the "
             "loss does not do; use another architecture"
         )
+
+
+def longest_sequence(model, name: str) -> int:
+    """Tokens that the model takes. Raises UserError if its config does not tell."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if type(longest) is not int or longest < 1:
+        raise UserError(
+            f"--model {name}: max_position_embeddings in its config.json is {longest}; "
+            "write the longest sequence there, in tokens"
+        )
+    return longest
 
 
 def eos_of(model) -> set[int]:
@@ -132,9 +278,14 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     if not tokenizer.chat_template:
         return tokenizer(text)["input_ids"]
     message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except (TemplateError, TypeError, ValueError) as fault:
+        raise UserError(
+            f"the chat template of the policy fails ({reason_of(fault)}); mend chat_template"
+        )
 
 
 def encode_turn(tokenizer, text: str) -> list[int]:
@@ -171,6 +322,10 @@ def encode_all(tokenizer, problems: list[Problem], context: int, source: str) ->
     """Prompt ids of every problem. Raises UserError where one leaves no room for a response."""
     prompts = [encode_question(tokenizer, problem) for problem in problems]
     for problem, ids in zip(problems, prompts):
+        if not ids:
+            raise UserError(
+                f"{source}: the prompt of problem {problem.index} has no tokens; remove it"
+            )
         if len(ids) >= context:
             raise UserError(
                 f"{source}: the prompt of problem {problem.index} has {len(ids)} tokens, "

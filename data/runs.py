@@ -4,32 +4,42 @@
     metrics.jsonl    one step line for each step; step 0 is the evaluation before training
     rollouts.jsonl   every rollout of every --rollouts_every'th step
     curve.png        pass rates so far
+    lock             empty; locked by the process that writes the run, as long as it lives
     checkpoints/step_N/
         *              the policy in Hugging Face layout: adapters merged, bf16 on a GPU
         state/         what training goes on from: trained parameters and optimizer
                        (torch.distributed.checkpoint: any number of processes can read it)
         trainer.json   where the run was (Progress)
+        origin.json    what the run is a function of (Origin): resuming compares it
         manifest.json  SHA-256 of every other file
 
-A checkpoint is written to a temporary folder, then renamed: a kill never damages a finished one.
-The last two are kept. Resuming drops later lines; those steps are done again, with equal results.
+Files are written beside, then renamed: a kill or a full disk never damages a finished one. The last
+two checkpoints are kept; other entries of checkpoints/ are not ours and stay. Resuming drops later
+lines; those steps are done again, with equal results.
 
-Left out: trackers such as wandb or tensorboard. metrics.jsonl has one JSON object per line.
+Left out: copies on other machines, and checkpoints by time.
 
 Try it alone:  python -m data.runs runs/RUN    # the last step line of a run
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from errno import EACCES, ENOTDIR
 from pathlib import Path
+from typing import IO, Iterator
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -44,39 +54,115 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---------------------------------------------------------------------------------- starting a run
 
 
+CONTENTS = ("config.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "checkpoints")
+
+
 def check_new(out_dir: Path) -> None:
     """Raises UserError if no new run can be written there. Leaves at most empty parent folders."""
-    if (out_dir / "config.json").exists():
+    other = "choose another --out_dir"
+    if os.path.exists(out_dir / "config.json"):  # False where a name is too long, not an error
+        raise UserError(f"{out_dir} already holds a run; go on with --resume {out_dir}, or {other}")
+    found = [name for name in CONTENTS if os.path.exists(out_dir / name)]
+    if found:  # pruning would take its checkpoints for ours
         raise UserError(
-            f"{out_dir} already holds a run; go on with --resume {out_dir}, "
-            "or choose another --out_dir"
+            f"{out_dir} holds {', '.join(found)} of a run without its config.json; "
+            f"move them away, or {other}"
         )
-    if out_dir.exists():
-        return
     try:  # now, before the model is loaded
-        out_dir.mkdir(parents=True)
-        out_dir.rmdir()
+        if not os.path.exists(out_dir):
+            out_dir.mkdir(parents=True)
+            out_dir.rmdir()
+        elif not out_dir.is_dir():
+            raise NotADirectoryError(ENOTDIR, "not a directory")
+        elif not os.access(out_dir, os.W_OK):
+            raise PermissionError(EACCES, "no permission")
     except OSError as fault:
-        raise UserError(f"cannot write to {out_dir} ({fault.strerror}); choose another --out_dir")
+        raise UserError(f"cannot write to {out_dir} ({fault.strerror}); {other}")
 
 
 def start(out_dir: Path, settings: dict) -> None:
-    """Writes config.json of a new run. settings: every setting, and the run's name."""
+    """Takes the directory and writes config.json of a new run. settings: every one, and `name`."""
     commit = ""
     if shutil.which("git"):
         describe = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
         commit = done.stdout.strip()
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+    take(out_dir)
+    check_new(out_dir)  # again: another run may have started there while this one loaded its model
     about = {"git_commit": commit, "torch": torch.__version__}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "config.json").write_text(json.dumps(settings | about, indent=1))
+    write_json(out_dir / "config.json", settings | about)
+
+
+# ------------------------------------------------------------------------------------ one at a time
+
+locks: dict[Path, IO] = {}  # by run directory: the open lock files of this process
+
+
+def take(out_dir: Path) -> None:
+    """Locks a run directory for this process. Raises UserError if another process writes there.
+
+    The system drops the lock when the process ends, however it ends.
+    """
+    path = out_dir.resolve() / "lock"
+    with writing(path):
+        file = locks.get(path) or path.open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"{out_dir}: another process writes this run; wait for its end, or stop it first"
+        )
+    except OSError as fault:  # some network disks
+        print(f"warning: {out_dir} cannot be locked ({fault.strerror}); do not run it twice")
+    locks[path] = file  # closing it, or any other handle of this file, would drop the lock
+
+
+def leave(out_dir: Path) -> None:
+    """Ends `take`."""
+    locks.pop(out_dir.resolve() / "lock").close()
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+# What a full disk or a lost directory raises: Python, safetensors and torch each in their way.
+WRITE_FAULTS = (OSError, SafetensorError, CheckpointException)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a write that failed into a UserError."""
+    try:
+        yield
+    except WRITE_FAULTS as fault:
+        reason = getattr(fault, "strerror", None) or first_line(fault)
+        raise UserError(
+            f"cannot write {path} ({reason}); what was saved before is whole: mend this and go on"
+        )
+
+
+def first_line(fault: BaseException) -> str:
+    return str(fault).strip().partition("\n")[0][:200] or type(fault).__name__
 
 
 def append(path: Path, records: list[dict]) -> None:
     """Adds records to a JSON-lines file, one object per line."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record) + "\n")
+
+
+def write_json(path: Path, content) -> None:
+    write_whole(path, json.dumps(content, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside, and renames it: there is the old one or the new one, never a part."""
+    beside = path.with_suffix(".tmp")
+    with writing(path):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -91,13 +177,24 @@ class Progress:
     before: float | None = None  # held-out pass rate before training; None: not measured yet
 
 
-def save_checkpoint(out_dir: Path, progress: Progress, model, tokenizer, optimizer) -> None:
+@dataclass
+class Origin:
+    """What a run is a function of."""
+
+    settings: dict  # those that --resume may not change
+    inputs: dict[str, str]  # name of an input -> SHA-256 of it
+
+
+def save_checkpoint(
+    out_dir: Path, progress: Progress, origin: Origin, model, tokenizer, optimizer
+) -> None:
     """Writes checkpoints/step_N. Every process must call it."""
     folder = out_dir / "checkpoints"
     temporary = folder / f"tmp-step_{progress.step}"
     on_main(make_empty, temporary)
     state = training_state(model, optimizer)
-    dcp.save(state, checkpoint_id=temporary / "state", no_dist=processes() == 1)
+    with writing(temporary):
+        dcp.save(state, checkpoint_id=temporary / "state", no_dist=processes() == 1)
     weights = {}
     for name, weight in whole_weights(model):
         if rank() == 0:
@@ -105,33 +202,41 @@ def save_checkpoint(out_dir: Path, progress: Progress, model, tokenizer, optimiz
             weights[name] = weight.to("cpu", dtype)
 
     def finish():
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "trainer.json").write_text(json.dumps(asdict(progress)))
-        write_manifest(temporary)
-        place = folder / f"step_{progress.step}"
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(temporary, place)
-        for old in checkpoints(out_dir)[:-2]:
-            shutil.rmtree(old)
+        with writing(temporary):
+            model.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            write_json(temporary / "trainer.json", asdict(progress))
+            write_json(temporary / "origin.json", asdict(origin))
+            write_manifest(temporary)
+            place = folder / f"step_{progress.step}"
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(temporary, place)
+            for old in checkpoints(out_dir)[:-2]:
+                shutil.rmtree(old)
 
     on_main(finish)
 
 
 def make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
 
 
 def write_manifest(folder: Path) -> None:
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     manifest = {str(file.relative_to(folder)): digest(file) for file in files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    write_json(folder / "manifest.json", manifest)
 
 
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(content) -> str:
+    """SHA-256 of anything that is JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def training_state(model, optimizer) -> dict:
@@ -144,7 +249,11 @@ def training_state(model, optimizer) -> dict:
 def load_checkpoint(checkpoint: Path, model, optimizer) -> Progress:
     """Puts model and optimizer where they were. Every process must call it."""
     state = training_state(model, optimizer)
-    dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=processes() == 1)
+    try:
+        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=processes() == 1)
+    except (CheckpointException, RuntimeError) as fault:
+        reason = first_line(fault)
+        raise UserError(f"{checkpoint} does not fit the model and these settings ({reason})")
     set_state_dict(
         model,
         optimizer,
@@ -157,7 +266,14 @@ def load_checkpoint(checkpoint: Path, model, optimizer) -> Progress:
 
 def checkpoints(out_dir: Path) -> list[Path]:
     """Its checkpoints, the newest last."""
-    return sorted((out_dir / "checkpoints").glob("step_*"), key=step_of)
+    return sorted(ours(out_dir, ""), key=step_of)
+
+
+def ours(out_dir: Path, prefix: str) -> list[Path]:
+    """Folders in checkpoints/ called prefix + step_N. Others, say step_2_best, are not ours."""
+    named = re.compile(prefix + "step_(0|[1-9][0-9]{0,9})")
+    found = (out_dir / "checkpoints").glob(f"{prefix}step_*")
+    return [path for path in found if named.fullmatch(path.name) and path.is_dir()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -172,10 +288,10 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
     newest = found[-1]
     advice = f"remove {newest} to go on from the one before"
     try:
-        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest = read_json(newest / "manifest.json")
         damaged = [name for name, sha in manifest.items() if digest(newest / name) != sha]
-    except (OSError, json.JSONDecodeError) as fault:
-        raise UserError(f"{newest} is damaged ({fault}); {advice}")
+    except READ_FAULTS as fault:
+        raise UserError(f"{newest} is damaged ({first_line(fault)}); {advice}")
     if "trainer.json" not in manifest:
         damaged.append("trainer.json")
     if damaged:
@@ -188,14 +304,54 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
 # ----------------------------------------------------------------------------------------- resuming
 
 
+def reopen(out_dir: Path, steps: int) -> Path | None:
+    """Takes the directory of a run to bring to a step. Returns its newest checkpoint, if any."""
+    take(out_dir)
+    newest = newest_checkpoint(out_dir)
+    if newest and step_of(newest) > steps:
+        raise UserError(f"--steps {steps}: {newest} is beyond; ask for {step_of(newest)} or more")
+    return newest
+
+
 def read_settings(out_dir: Path) -> dict:
     """config.json of a run to resume. Raises UserError if there is none."""
     try:
-        return json.loads((out_dir / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as fault:
+        settings = read_json(out_dir / "config.json")
+        if "method" in settings:
+            return settings
+        reason = "no method in config.json"
+    except READ_FAULTS as fault:
+        reason = f"{type(fault).__name__}: {first_line(fault)}"
+    raise UserError(f"--resume {out_dir}: no run of this program is there ({reason})")
+
+
+def check_origin(checkpoint: Path, now: Origin, allow_changes: bool) -> None:
+    """Raises UserError if the run of a checkpoint had another origin. allow_changes: prints it."""
+    if not (checkpoint / "origin.json").exists():
+        print(f"{checkpoint}: of an older version; nothing tells whether data or model changed")
+        return
+    then = Origin(**read_json(checkpoint / "origin.json"))
+    changes = []
+    for name, value in now.settings.items():
+        if name in then.settings and then.settings[name] != value:
+            changes.append(f"{name} was {then.settings[name]!r} and is {value!r}")
+    for name, sha in now.inputs.items():
+        if then.inputs.get(name) != sha:
+            changes.append(f"the {name} changed")
+    if changes and not allow_changes:
         raise UserError(
-            f"--resume {out_dir}: no run of this program is there ({type(fault).__name__}: {fault})"
+            f"{checkpoint}: since it was saved, {'; '.join(changes)}; "
+            "put that back, or add --allow_changes true"
         )
+    if changes:
+        print(f"going on with changes: {'; '.join(changes)}")
+
+
+def remember(out_dir: Path, settings: dict) -> None:
+    """Brings config.json up to date: settings that this resume changed hold for the next."""
+    saved = read_settings(out_dir)
+    if saved | settings != saved:
+        write_json(out_dir / "config.json", saved | settings)
 
 
 def rewind(out_dir: Path, checkpoint: Path | None) -> float | None:
@@ -203,12 +359,15 @@ def rewind(out_dir: Path, checkpoint: Path | None) -> float | None:
     last_step = step_of(checkpoint) if checkpoint else -1  # -1: drops every line, step 0 too
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         drop_later_lines(out_dir / name, last_step)
-    for unfinished in (out_dir / "checkpoints").glob("tmp-*"):
-        shutil.rmtree(unfinished)
+    with writing(out_dir):
+        for unfinished in ours(out_dir, "tmp-"):
+            shutil.rmtree(unfinished)
     if checkpoint is None:
         return None
     measured = [line for line in read_run(out_dir).lines if "eval_pass_rate" in line]
-    return measured[-1]["eval_pass_rate"] if measured else None
+    if not measured:
+        raise UserError(f"{out_dir}/metrics.jsonl lacks its first lines; restore the file")
+    return measured[-1]["eval_pass_rate"]
 
 
 def drop_later_lines(path: Path, last_step: int) -> None:
@@ -216,13 +375,14 @@ def drop_later_lines(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
-            break
-        kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                break
+            if step_line(line, f"{path}, line {number}")["step"] > last_step:
+                break
+            kept.append(line)
+    write_whole(path, "".join(kept))
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -237,16 +397,45 @@ class Run:
     lines: list[dict]
 
 
+# What reading a damaged JSON file raises: RecursionError if it is deep, ValueError if it is none or
+# holds a number of 5,000 digits, the others if it holds something else.
+READ_FAULTS = (OSError, ValueError, RecursionError, AttributeError, TypeError)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises one of READ_FAULTS."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise TypeError("not a JSON object")
+    return content
+
+
+def step_line(text: str, where: str) -> dict:
+    """The object of one line of metrics.jsonl or rollouts.jsonl. Raises UserError if it is none."""
+    try:
+        line = json.loads(text)
+        numbers = [line["step"], line.get("trained_tokens", 0), line.get("eval_pass_rate", 0)]
+        numbers += line.get("seconds", {}).values()
+    except (*READ_FAULTS, KeyError):
+        numbers = [None]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise UserError(f"{where}: not a line of srpo.py; restore the file, or remove this line")
+    return line
+
+
 def read_run(folder: Path) -> Run:
     """Reads a run. Adds running totals: trained_total (tokens), seconds_total (no evaluations).
 
     Raises UserError if the folder is no run directory.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as fault:
-        raise UserError(f"{folder}: not a run directory of srpo.py ({fault})")
+        config = read_json(folder / "config.json")
+        texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except READ_FAULTS as fault:
+        raise UserError(f"{folder}: not a run directory of srpo.py ({first_line(fault)})")
+    lines = []
+    for number, text in enumerate(texts, 1):
+        lines.append(step_line(text, f"{folder}/metrics.jsonl, line {number}"))
     trained = seconds = 0.0
     for line in lines:
         trained += line.get("trained_tokens", 0)

@@ -100,8 +100,10 @@ def dequantized(folder: Path, name: str):
 
     transformers marks such a model as quantized and refuses to save it, so its weights move to a
     plain model of the same configuration."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    packed = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+    )
     del packed.config.quantization_config
     model = AutoModelForCausalLM.from_config(packed.config)
     model.load_state_dict(packed.state_dict(), strict=True)

@@ -20,7 +20,7 @@ from conftest import IDEA, POLICY, ROOT
 from data.driver import run_programs
 from data.metrics import step_metrics
 from data.programs import load_program
-from data.runs import append, name_of, read_run
+from data.runs import CONTENTS, append, name_of, read_run
 from rollout import Rollout, records_of
 
 SRPO = [sys.executable, str(ROOT / "srpo.py")]
@@ -92,7 +92,7 @@ def test_every_method_and_split(tmp_path, capsys, flags):
     AutoTokenizer.from_pretrained(out / "checkpoints" / "step_2")
     assert (out / "curve.png").stat().st_size > 5000
     names = {path.name for path in out.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "checkpoints"}
+    assert names == {*CONTENTS, "lock"}
 
 
 def check_steps_and_rollouts(steps, rollouts):
@@ -533,28 +533,42 @@ def write_bad_inputs(folder):
         ),
         ("--train_data chain-0", "1 to 24 steps"),
         ("--method ppo", "--method ppo: no such method"),
-        ("--off_policy_shape -0.1", "--off_policy_shape must not be negative"),
+        ("--off_policy_shape -0.1", "--off_policy_shape must be at least 0"),
         ("--length whole", "invalid choice: 'whole'"),
         ("--steps many", "invalid int value: 'many'"),
         ("--steps 0", "--steps must be at least 1"),
-        ("--temperature 0", "--temperature must be above 0"),
-        ("--top_p 1.5", "--top_p must be in (0, 1]"),
-        ("--prefixes -1", "--prefixes must not be negative"),
+        ("--temperature 0", "--temperature must be at least 0.01"),
+        ("--top_p 1.5", "--top_p must be above 0 and at most 1, not 1.5"),
+        ("--prefixes -1", "--prefixes must be at least 0"),
         ("--method grpo --base 1", "at least 2 trained rollouts"),
         ("--method rrpo --localizer verifier", "rrpo resets at random"),
         ("--train_data {tmp}/good.jsonl --localizer verifier", "needs a step checker"),
         ("--tp 2", "--tp 2 must divide the number of processes, 1"),
-        ("--engine_memory 0", "--engine_memory must be in (0, 1]"),
+        ("--engine_memory 0", "--engine_memory must be above 0"),
         ("--model {tmp}/nothing", "cannot be loaded"),
         ("--model {tmp}", "cannot be loaded"),
         ("--model {tmp}/no_pad", "its tokenizer has no pad token"),
         ("--resume {tmp}/nothing", "no run of this program is there"),
         ("--no_such_flag 1", "no_such_flag"),
+        ("--grad_clip -1", "--grad_clip must be above 0"),
+        ("--grad_clip inf", "--grad_clip must be above 0 and at most 1000000000, not inf"),
+        ("--lr nan", "--lr must be at least 0 and at most 1, not nan"),
+        ("--weight_decay inf", "--weight_decay must be at least 0"),
+        ("--clip nan", "--clip must be at least 0"),
+        ("--correct nan", "--correct must be at least 0 and at most 1, not nan"),
+        ("--temperature nan", "--temperature must be at least 0.01"),
+        ("--localize_temperature 0.001", "--localize_temperature must be 0 (greedy) or"),
+        ("--context 0", "--context must be at least 1"),
+        (f"--seed {10**30}", "--seed must be at least 0 and at most 1000000000"),
+        ("--model a\nb", "--model must be printable text"),
+        ("--train_data chain-" + "9" * 5000, "no such data file"),
+        ("--train_data " + "x" * 5000, "no such data file"),
+        ("--tracker no_such", "invalid choice: 'no_such'"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, untouched, flags, complaint):
     write_bad_inputs(tmp_path)
-    flags = flags.replace("{tmp}", str(tmp_path)).split()
+    flags = flags.replace("{tmp}", str(tmp_path)).split(" ")
     line = refused(capsys, *TINY, *flags, "--out_dir", untouched)
     assert complaint in line
     assert "\n" not in line

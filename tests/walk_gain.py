@@ -27,7 +27,8 @@ FACTS = 600
 PROMPTS = 32  # a step
 ROUNDS = 12
 TARGET = 0.5
-RATES = (0.1, 0.2, 0.4, 0.8, 1.6)  # of Adam
+# Adam: of each logit. Plain gradient: length of a step in all logits, for it is normalised.
+RATES = {"Adam": (0.1, 0.2, 0.4, 0.8, 1.6, 3.2), "plain gradient": (2, 4, 8, 16, 32, 64)}
 
 
 def weights_of_groups(P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -115,10 +116,21 @@ class Ended:
     thoughts: int
 
 
-def run(sampling: str, weight: str, low: float, high: float, lr: float, seed: int) -> Ended:
+@dataclass
+class Setting:
+    """One cell of the table."""
+
+    low: float  # the facts' chances to be right are uniform between low
+    high: float  # and high
+    sampling: str  # grpo or walk
+    weight: str  # grpo or walk
+    optimizer: str
+
+
+def run(setting: Setting, lr: float, seed: int) -> Ended:
     """Trains until the pass rate of held-out problems reaches the target."""
     rng = np.random.default_rng([seed, 11])
-    p = rng.uniform(low, high, FACTS)
+    p = rng.uniform(setting.low, setting.high, FACTS)
     logits = np.log(p / (1 - p))
     held_out = rng.integers(FACTS, size=(512, STEPS))
     moments = np.zeros((2, FACTS))
@@ -127,45 +139,51 @@ def run(sampling: str, weight: str, low: float, high: float, lr: float, seed: in
         gradient = np.zeros(FACTS)
         p = 1 / (1 + np.exp(-logits))
         for facts in rng.integers(FACTS, size=(PROMPTS, STEPS)):
-            batch = draw_grpo(p[facts], rng) if sampling == "grpo" else draw_walk(p[facts], rng)
+            batch = (draw_walk if setting.sampling == "walk" else draw_grpo)(p[facts], rng)
             thoughts += batch.thoughts
             score = batch.right - p[facts]
-            scale = factor(sampling, weight, p[facts].prod())
+            scale = factor(setting.sampling, setting.weight, p[facts].prod())
             np.add.at(gradient, facts, scale * batch.advantages @ score)
-        moments[0] = 0.9 * moments[0] + 0.1 * gradient
-        moments[1] = 0.999 * moments[1] + 0.001 * gradient**2
-        scale = np.sqrt(moments[1] / (1 - 0.999**step)) + 1e-8
-        logits = logits + lr * moments[0] / (1 - 0.9**step) / scale
+        if setting.optimizer == "Adam":
+            moments[0] = 0.9 * moments[0] + 0.1 * gradient
+            moments[1] = 0.999 * moments[1] + 0.001 * gradient**2
+            size = np.sqrt(moments[1] / (1 - 0.999**step)) + 1e-8
+            logits = logits + lr * moments[0] / (1 - 0.9**step) / size
+        else:
+            logits = logits + lr * gradient / (np.linalg.norm(gradient) + 1e-8)
         p = 1 / (1 + np.exp(-logits))
         if p[held_out].prod(1).mean() >= TARGET:
             return Ended(step, thoughts)
     return Ended(None, thoughts)
 
 
-def best(sampling: str, weight: str, low: float, high: float, seeds: int) -> str:
+def best(setting: Setting, seeds: int) -> str:
     """Mean steps and thousand thoughts to the target, at the best of the learning rates."""
     cells = []
-    for lr in RATES:
-        runs = [run(sampling, weight, low, high, lr, seed) for seed in range(seeds)]
+    for lr in RATES[setting.optimizer]:
+        runs = [run(setting, lr, seed) for seed in range(seeds)]
         if all(ended.steps for ended in runs):
             steps = np.mean([ended.steps for ended in runs])
             cells.append((steps, np.mean([ended.thoughts for ended in runs]) / 1000, lr))
     if not cells:
         return "not in 400 steps"
     steps, thoughts, lr = min(cells)
-    return f"{steps:.0f} / {thoughts:.0f} (lr {lr})"
+    return f"{steps:.1f} / {thoughts:.0f} (rate {lr})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     print(f"steps / thousand generated thoughts to a pass rate of {TARGET}, {args.seeds} seeds\n")
-    print("| facts | sampling | GRPO's weight | the walk's weight |\n|---|---|---|---|")
+    print("| facts | optimizer | sampling | GRPO's weight | the walk's weight |")
+    print("|---|---|---|---|---|")
     for low, high in ((0.35, 0.90), (0.50, 0.95), (0.70, 0.99)):
-        for sampling in ("grpo", "walk"):
-            cells = [best(sampling, weight, low, high, args.seeds) for weight in ("grpo", "walk")]
-            print(f"| U({low}, {high}) | {sampling} | {cells[0]} | {cells[1]} |", flush=True)
+        for optimizer, sampling in product(RATES, ("grpo", "walk")):
+            row = [f"U({low}, {high})", optimizer, sampling]
+            for weight in ("grpo", "walk"):
+                row.append(best(Setting(low, high, sampling, weight, optimizer), args.seeds))
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
