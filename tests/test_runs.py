@@ -138,7 +138,7 @@ from data.driver import graders
 from data.parallel import StopRequest
 stop = StopRequest()
 for _ in range(100):
-    graders().submit(time.sleep, 100)
+    graders().apply_async(time.sleep, [100])
 print("ready", flush=True)
 while True:
     time.sleep(0.01)

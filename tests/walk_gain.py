@@ -27,8 +27,10 @@ FACTS = 600
 PROMPTS = 32  # a step
 ROUNDS = 12
 TARGET = 0.5
-# Adam: of each logit. Plain gradient: length of a step in all logits, for it is normalised.
-RATES = {"Adam": (0.1, 0.2, 0.4, 0.8, 1.6, 3.2), "plain gradient": (2, 4, 8, 16, 32, 64)}
+LONGEST = 600  # steps
+# Of each logit with Adam; the length of a step in all logits with the plain, normalised gradient.
+# Larger rates are faster for all: without luck and shared weights nothing is ever unlearned.
+RATES = {"Adam": 0.1, "plain gradient": 4.0}
 
 
 def weights_of_groups(P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,15 +129,16 @@ class Setting:
     optimizer: str
 
 
-def run(setting: Setting, lr: float, seed: int) -> Ended:
+def run(setting: Setting, seed: int) -> Ended:
     """Trains until the pass rate of held-out problems reaches the target."""
     rng = np.random.default_rng([seed, 11])
+    lr = RATES[setting.optimizer]
     p = rng.uniform(setting.low, setting.high, FACTS)
     logits = np.log(p / (1 - p))
     held_out = rng.integers(FACTS, size=(512, STEPS))
     moments = np.zeros((2, FACTS))
     thoughts = 0
-    for step in range(1, 401):
+    for step in range(1, LONGEST + 1):
         gradient = np.zeros(FACTS)
         p = 1 / (1 + np.exp(-logits))
         for facts in rng.integers(FACTS, size=(PROMPTS, STEPS)):
@@ -157,18 +160,14 @@ def run(setting: Setting, lr: float, seed: int) -> Ended:
     return Ended(None, thoughts)
 
 
-def best(setting: Setting, seeds: int) -> str:
-    """Mean steps and thousand thoughts to the target, at the best of the learning rates."""
-    cells = []
-    for lr in RATES[setting.optimizer]:
-        runs = [run(setting, lr, seed) for seed in range(seeds)]
-        if all(ended.steps for ended in runs):
-            steps = np.mean([ended.steps for ended in runs])
-            cells.append((steps, np.mean([ended.thoughts for ended in runs]) / 1000, lr))
-    if not cells:
-        return "not in 400 steps"
-    steps, thoughts, lr = min(cells)
-    return f"{steps:.1f} / {thoughts:.0f} (rate {lr})"
+def cell(setting: Setting, seeds: int) -> str:
+    """Mean steps and thousand thoughts to the target."""
+    runs = [run(setting, seed) for seed in range(seeds)]
+    if not all(ended.steps for ended in runs):
+        return f"not in {LONGEST} steps"
+    steps = [ended.steps for ended in runs]
+    thoughts = [ended.thoughts / 1000 for ended in runs]
+    return f"{np.mean(steps):.0f} ± {np.std(steps):.0f} / {np.mean(thoughts):.0f}"
 
 
 def main() -> None:
@@ -182,7 +181,7 @@ def main() -> None:
         for optimizer, sampling in product(RATES, ("grpo", "walk")):
             row = [f"U({low}, {high})", optimizer, sampling]
             for weight in ("grpo", "walk"):
-                row.append(best(Setting(low, high, sampling, weight, optimizer), args.seeds))
+                row.append(cell(Setting(low, high, sampling, weight, optimizer), args.seeds))
             print(f"| {' | '.join(row)} |", flush=True)
 
 
