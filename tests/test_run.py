@@ -85,6 +85,8 @@ def test_every_method_and_split(tmp_path, capsys, flags):
     if "grpo" in flags:
         assert not any(rollout["reset"] for rollout in rollouts)
         assert steps[0]["tokens"]["suffix"] == 0
+    elif "walk" in flags:
+        assert steps[0]["tokens"]["walk"] > 0
     else:
         assert steps[0]["tokens"]["suffix"] > 0
 
@@ -103,13 +105,15 @@ def check_steps_and_rollouts(steps, rollouts):
         total_tokens += sum(step["tokens"].values())
         assert step["total_tokens"] == total_tokens
         mine = [rollout for rollout in rollouts if rollout["step"] == step["step"]]
-        assert sum(rollout["group"] is not None for rollout in mine) == 6 * 8
+        trained = [rollout for rollout in mine if rollout["group"] is not None]
+        if step["tokens"]["walk"] == 0:  # a walk trains 4, 5 or 8 rollouts of a prompt
+            assert len(trained) == 6 * 8
         for rollout in mine:
             if rollout["seed"] is not None:
                 assert mine[rollout["seed"]]["reward"] == 0
     for rollout in rollouts:
         assert rollout["question"].startswith("mod97")
-        assert rollout["answer"].isdigit()
+        assert rollout["answer"].replace(" ", "").isdigit()
         assert "".join(rollout["thoughts"])
 
 
@@ -197,7 +201,7 @@ def test_a_step_that_measures_and_trains_nothing(tmp_path, idea):
 @pytest.mark.parametrize(
     "method, complaint",
     [
-        ("ppo", "no such method; use grpo, rrpo, srpo, MODULE:FUNCTION or FILE.py:FUNCTION"),
+        ("ppo", "no such method; use grpo, rrpo, srpo, walk, MODULE:FUNCTION or FILE.py:FUNCTION"),
         ("no_such_module:vine", "cannot import it (ModuleNotFoundError"),
         (":vine", "cannot import it (ValueError"),
         ("{tmp}/missing.py:vine", "cannot import it (FileNotFoundError"),
@@ -226,9 +230,9 @@ def test_a_method_that_returns_nothing_is_told(tmp_path, capsys, idea):
 
 
 def test_training_learns(tmp_path):
-    """Sixteen steps on an easier chain lift the held-out pass rate well beyond chance."""
+    """24 steps on an easier chain lift the held-out pass rate well beyond chance."""
     flags = (
-        "--engine hf --train_data chain-4 --eval_data chain-4 --steps 16 --lr 1e-3 "
+        "--engine hf --train_data chain-4 --eval_data chain-4 --steps 24 --lr 1e-3 "
         "--eval_problems 128 --eval_samples 4 --eval_every 0 --rollouts_every 0"
     )
     run_here(*flags.split(), "--out_dir", tmp_path / "run")
