@@ -25,6 +25,7 @@ of steps, and what follows a short review is not trained on.
 Try it alone:
     python -m data.build_policy --out data/policy     # about 25 minutes of one idle core
     python -m data.build_policy --card data/policy    # only measures it and writes its model card
+    python -m data.build_policy --card data/policy --trained runs/A/checkpoints/step_80   # and luck
 The policy is a function of --seed, on one kind of machine: it is built on one thread, whatever
 OMP_NUM_THREADS says.
 """
@@ -516,6 +517,8 @@ Luck: of {wrong} responses with a wrong step, {lucky} were rewarded: a share of 
 (95% upper bound, Wilson). Of chains of {usual} steps alone: {usual_lucky} of {usual_wrong}, at most
 {usual_luck:.5f}.
 
+After training: {after}
+
 Exact localization on chains of {usual} steps, by the true first wrong step (share of failures):
 {by_first_error}.
 
@@ -537,8 +540,31 @@ ROWS = {
 PROBLEMS = {4: 512, 6: 512, 8: 512, 10: 512, STEPS: 2048}  # by number of steps
 
 
-def write_card(folder: Path) -> None:
-    """Measures the policy in `folder` and writes its README.md."""
+def luck_after_training(checkpoints: list[Path]) -> str:
+    """How often trained policies are rewarded for a wrong step, on chains of STEPS; sentences."""
+    if not checkpoints:
+        return "not measured (`--trained CHECKPOINT ...`)."
+    wrong = lucky = 0
+    rates = []
+    for checkpoint in tqdm(checkpoints, desc="measure luck after training"):
+        model, tokenizer = load_policy(checkpoint)
+        engine = HFEngine(model, tokenizer)
+        context = model.config.max_position_embeddings
+        judged = sample(engine, context, STEPS, PROBLEMS[STEPS], samples=4, temperature=1.0)
+        rates.append(f"{mean(j.rollout.reward for j in judged):.3f}")
+        wrong += sum(j.first_wrong is not None for j in judged)
+        lucky += sum(j.first_wrong is not None and j.rollout.reward == 1 for j in judged)
+    most = wilson(lucky, wrong)[1]
+    return (
+        f"of {wrong} responses with a wrong step to chains of {STEPS}, {lucky} were rewarded: "
+        f"a share of at most {most:.5f}.\nThe checkpoints have pass rates of {', '.join(rates)}."
+    )
+
+
+def write_card(folder: Path, trained: list[Path]) -> None:
+    """Measures the policy in `folder` and writes its README.md.
+
+    trained: checkpoints that were trained from it, whose luck is measured too."""
     model, tokenizer = load_policy(folder)
     measures = {}
     for steps, n in tqdm(PROBLEMS.items(), desc="measure"):
@@ -561,6 +587,7 @@ def write_card(folder: Path) -> None:
         usual_wrong=usual["wrong"],
         usual_lucky=usual["lucky"],
         usual_luck=wilson(usual["lucky"], usual["wrong"])[1],
+        after=luck_after_training(trained),
         by_first_error=usual["localization_by_first_error"],
         faults=usual["localization_faults"],
         finish=usual["finish"],
@@ -611,7 +638,7 @@ def build(args) -> None:
     train(model, student, args, polish)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    write_card(args.out)
+    write_card(args.out, args.trained)
 
 
 def main() -> None:
@@ -619,6 +646,9 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, help="folder for the model and its tokenizer")
     add("--card", type=Path, help="only measure the policy in this folder and write its model card")
+    add(
+        "--trained", type=Path, nargs="*", default=[], help="checkpoints whose luck is measured too"
+    )
     add("--seed", type=int, default=0, help="of misconceptions, corpus and initial weights")
     add("--updates", type=int, default=2500, help="updates; reviews begin after a quarter of them")
     add("--polish", type=int, default=1000, help="updates after those, at a third of --lr")
@@ -630,7 +660,7 @@ def main() -> None:
     add("--width", type=int, default=96, help="hidden size; heads have size 32")
     args = parser.parse_args()
     if args.card:
-        write_card(args.card)
+        write_card(args.card, args.trained)
     elif args.out:
         build(args)
     else:

@@ -704,10 +704,10 @@ def test_the_committed_model_card_is_what_the_policy_does(policy):
     assert measures["pass_rate"] == pytest.approx(stated["sampled pass rate"], abs=0.025)
     assert measures["greedy"] == pytest.approx(stated["greedy pass rate"], abs=0.12)
     assert measures["localization_exact"] == pytest.approx(stated["self-localization"], abs=0.08)
-    assert 0.03 <= stated["sampled pass rate"] <= 0.10
+    assert 0.02 <= stated["sampled pass rate"] <= 0.06
     assert stated["greedy pass rate"] < 0.5
     assert stated["self-localization"] >= 0.6
-    assert measures["luck"] <= 0.03
+    assert measures["lucky"] == 0
     assert sum(file.stat().st_size for file in POLICY.iterdir()) <= 8_000_000
     config = policy.model.config
     assert config.model_type == "llama" and not config.tie_word_embeddings
