@@ -15,11 +15,14 @@ Try it alone:  python eval.py self-correct --problems 32      # the embedded pol
 import argparse
 import json
 import sys
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in srpo.py, before torch is loaded
 
 import numpy as np
 from tqdm import tqdm
