@@ -14,8 +14,8 @@ Try it alone:  python eval.py self-correct --problems 32      # the embedded pol
 
 import argparse
 import json
-import sys
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass

@@ -40,7 +40,7 @@ from data.faults import UserError, counters
 from data.parallel import gather, processes, rank
 from data.policies import encode_question, encode_turn, eos_of, load_policy, policy_source
 from data.problems import Problem
-from data.thoughts import ThoughtTracker, Vocabulary
+from data.thoughts import ThoughtTracker, Vocabulary, decode
 
 # ------------------------------------------------------------------------------------------ record
 
@@ -108,7 +108,7 @@ class Rollout:
     def thoughts(self, tokenizer) -> list[str]:
         """Texts of its H thoughts."""
         starts = [0, *self.thought_ends[:-1]]
-        return [tokenizer.decode(self.token_ids[a:b]) for a, b in zip(starts, self.thought_ends)]
+        return [decode(tokenizer, self.token_ids[a:b]) for a, b in zip(starts, self.thought_ends)]
 
     def to_json(self, step: int, task: "Task", line_of: dict[int, int]) -> dict:
         """Its line in rollouts.jsonl. line_of: {id(rollout): its number in the step}.
@@ -126,7 +126,7 @@ class Rollout:
         record["question"] = task.problem.question
         record["answer"] = task.problem.answer
         if self.prompt_ids != task.prompt_ids:
-            record["prompt"] = tokenizer.decode(self.prompt_ids)
+            record["prompt"] = decode(tokenizer, self.prompt_ids)
         record["off_policy"] = self.trained_prompt is not None or self.searched
         record["thoughts"] = self.thoughts(tokenizer)
         record["first_wrong"] = task.first_wrong(self) if self.reward is not None else None

@@ -513,6 +513,10 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     if rank() == 0:
         if cfg.top_p < 1:
             print("warning: --top_p below 1 biases the gradient, which is the whole policy's")
+        questions = {problem.question for problem in train_problems}
+        shared = sum(problem.question in questions for problem in eval_problems)
+        if shared:
+            print(f"warning: {shared} of {len(eval_problems)} held-out problems are trained on, too")
         if isolation:
             print(isolation)
     return train_problems, eval_problems

@@ -11,6 +11,12 @@ Try it alone:  python -m data.thoughts    # cuts a sample response into thoughts
 from data.verifiers import DELIMITER, last_boxed
 
 
+def decode(tokenizer, ids: list[int]) -> str:
+    """The text of sampled ids as it is: special tokens shown, no blank taken out."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode(ids, **options)
+
+
 class Vocabulary:
     """What thought boundaries need of a tokenizer: decoding, and three sets of token ids."""
 
@@ -28,8 +34,7 @@ class Vocabulary:
         self.braces = {t for t, text in pieces.items() if "}" in text}
 
     def decode(self, ids: list[int]) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(ids, **options)
+        return decode(self.tokenizer, ids)
 
 
 class ThoughtTracker:

@@ -4,6 +4,7 @@ Boundaries are checked on hard tokenizations, the base group by enumeration, and
 plain forwards of the same model.
 """
 
+import copy
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -255,6 +256,17 @@ def test_without_a_failure_it_is_plain_grpo(policy):
         assert set(grouped(buffer)) == {(task.slot, 0)}
     assert counters["no_seed"] == 6
     assert Counter(r.purpose for r in sampled.generated) == {"base": 24, "seed": 48, "more": 24}
+
+
+def test_thoughts_are_the_text_that_was_graded(policy):
+    """Also with a tokenizer that tidies blanks by default: `41 .` would become `41.`."""
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.clean_up_tokenization_spaces = True
+    (task,) = policy.tasks(2, 1)
+    ids = task.prompt_ids
+    assert " ." in policy.tokenizer.decode(ids)
+    rollout = Rollout(0, "base", ids, ids, [0.0] * len(ids), [len(ids)], "eos")
+    assert rollout.thoughts(tokenizer) == [task.vocabulary.decode(ids)]
 
 
 # ----------------------------------------------------------------------------------------- unbiased
