@@ -516,7 +516,7 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
         questions = {problem.question for problem in train_problems}
         shared = sum(problem.question in questions for problem in eval_problems)
         if shared:
-            print(f"warning: {shared} of {len(eval_problems)} held-out problems are trained on, too")
+            print(f"warning: {shared} of {len(eval_problems)} held-out problems are trained on")
         if isolation:
             print(isolation)
     return train_problems, eval_problems
