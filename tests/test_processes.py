@@ -110,7 +110,9 @@ def test_two_processes_are_one(runs, method):
     one, two = runs / f"{method}-1", runs / f"{method}-2"
     assert lines_of(one / "rollouts.jsonl") == lines_of(two / "rollouts.jsonl")
     steps = lines_of(one / "metrics.jsonl")[-1]["step"]
-    assert distance(weights(one, steps), weights(two, steps)) < 1e-5
+    # Sums are rounded in another order, and Adam divides: a gradient near 0 may move its weight by
+    # a small part of a step, which is 5e-4.
+    assert distance(weights(one, steps), weights(two, steps)) < 5e-5
     before = load_file(POLICY / "model.safetensors")
     assert distance(weights(one, steps), before) > 5e-4  # it did train
     lines = zip(lines_of(one / "metrics.jsonl"), lines_of(two / "metrics.jsonl"), strict=True)

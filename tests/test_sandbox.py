@@ -790,7 +790,7 @@ from data.parallel import StopRequest
 from data.sandbox import share_passed
 stop = StopRequest()
 for _ in range(50):
-    graders().submit(share_passed, "while True: pass", {tests}, 50)
+    graders().apply_async(share_passed, ["while True: pass", {tests}, 50])
 while True: time.sleep(1)
 """
 
