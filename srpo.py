@@ -147,7 +147,7 @@ class TrainingSettings:
     lora_rank: int = setting(0, "rank of LoRA adapters (paper: 64; needs peft); 0: all weights")
     grad_checkpointing: bool = setting(False, "less memory, a third more compute")
     micro_batch: int = setting(64, "rows in a forward of a process; the gradient stays the same")
-    chunk: int = setting(4096, "tokens in a call of the head; the gradient stays the same")
+    chunk: int = setting(0, "tokens in a call of the head; 0: 256, on a GPU 4096")
 
 
 @dataclass
@@ -165,12 +165,12 @@ class LoggingSettings:
 GROUPS = (MethodSettings, DataSettings, SamplingSettings, TrainingSettings, LoggingSettings)
 SPLITS = {"1x4": (4, 1, 4), "2x4": (0, 2, 4), "1x8": (0, 1, 8)}  # base, prefixes, suffixes
 POSITIVE = (
-    "steps prompts_per_step max_thoughts max_tokens_per_thought micro_batch chunk max_rows updates "
+    "steps prompts_per_step max_thoughts max_tokens_per_thought micro_batch max_rows updates "
     "eval_problems eval_samples save_every localize_tokens oracle_samples tp"
 ).split()
 NOT_NEGATIVE = (
     "base prefixes suffixes max_seed_draws eval_every rollouts_every seed clip off_policy_shape "
-    "localize_temperature lora_rank"
+    "localize_temperature lora_rank chunk"
 ).split()
 # Not in a run's name: method and split (it shows them), the seed, and what changes no step.
 UNNAMED = (

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from conftest import Enumerable, Letters
+from conftest import Enumerable, Letters, settings
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.programs import trained_rollouts
@@ -357,9 +357,8 @@ def trainer_logps(model, rollouts, temperature=1.0):
         n = len(rollout.token_ids)
         items.append(Weighted(rollout, [1.0] * n, [True] * n))
     batch = collate(items, pad_id=0)
-    with torch.no_grad():
-        logps, _ = chosen_logps(model, batch, temperature)
-    return logps, batch.old_logps
+    _, scored = chosen_logps(model, batch, settings(temperature=temperature))
+    return scored.logps, batch.chosen.old_logps
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
