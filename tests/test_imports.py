@@ -24,10 +24,10 @@ LAYERS = [
     ["data/verifiers.py", "data/parallel.py"],
     ["data/problems.py", "data/driver.py"],
     ["data/chains.py", "data/english.py", "data/policies.py"],
-    ["data/tasks.py", "data/thoughts.py"],
+    ["data/contexts.py", "data/tasks.py", "data/thoughts.py"],
     # the record, the programs, the engines
     ["rollout.py"],
-    ["data/contexts.py", "data/metrics.py", "data/programs.py", "localize.py"],
+    ["data/metrics.py", "data/programs.py", "localize.py"],
     ["loss.py"],
     # what a run writes, and what is read from it
     ["data/runs.py"],
