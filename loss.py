@@ -17,10 +17,11 @@ From top to bottom this file follows the equation: `set_advantages` gives A_i, `
 A_i(t) / (|T_i| N), `collate` makes padded tensors, `chosen_logps` gives log pi(y_t | y_<t),
 `surrogate` sums weight times log-prob, and `backward` adds up the gradient.
 
-All weights are known before the first backward, so the gradient does not depend on micro-batches,
-padding, order or the number of processes. The language-model head runs only on trained tokens, in
-chunks whose logits are computed again in the backward: the [tokens, vocabulary] logits of a step
-never exist at once.
+All weights are known before the first forward. So the gradient does not depend on micro-batches,
+padding, order or the number of processes, and the head (`through_head`) needs its logits only for
+a moment: it runs on one chunk of trained tokens after the other, forward and backward, and the
+[tokens, vocabulary] logits of a step never exist at once. torch's own chunked head,
+`torch.nn.functional.linear_cross_entropy`, has no weight for each token and returns no log-probs.
 
 Left out: a KL term and a reference model, as in the paper. Importance ratios other than the clipped
 surrogate (`--clip`, the paper's ablation, with the sampler's log-probs as the old policy's).
@@ -33,7 +34,6 @@ from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from data.contexts import can_share, hidden_of_shared_contexts, positions
 from data.metrics import Sums, sums_of
@@ -140,11 +140,30 @@ def weigh(rollouts: list[Rollout], cfg) -> list[Weighted]:
 
 
 @dataclass
+class Tokens:
+    """The M trained tokens of a batch, in row order. Each field is a tensor [M]."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    old_logps: torch.Tensor  # the sampler's, nats
+    in_prefix: torch.Tensor  # bool: sampled earlier than the rest (only without the mask)
+    off_policy: torch.Tensor  # bool: sampled from another prompt
+
+    def to(self, device) -> "Tokens":
+        return Tokens(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def split(self, size: int) -> list["Tokens"]:
+        """Parts of at most `size` tokens, in order."""
+        columns = [getattr(self, f.name).split(size) for f in fields(self)]
+        return [Tokens(*part) for part in zip(*columns)]
+
+
+@dataclass
 class Batch:
     """B rollouts over S distinct contexts: contexts left-padded, tokens right-padded.
 
     Rollouts of a group share their context (the prompt, or the reset state): it is stored once.
-    W: longest context, L: longest row of tokens, M: trained tokens of the batch.
+    W: longest context, L: longest row of tokens.
     """
 
     contexts: torch.Tensor  # [S, W] token ids
@@ -153,10 +172,7 @@ class Batch:
     tokens: torch.Tensor  # [B, L] token ids from the first trained one on
     tokens_mask: torch.Tensor  # [B, L] 1 on real tokens
     trained: torch.Tensor  # [B, L] bool
-    weights: torch.Tensor  # [M] of the trained tokens, in row order
-    old_logps: torch.Tensor  # [M] the sampler's
-    in_prefix: torch.Tensor  # [M] bool: sampled earlier than the rest (only without the mask)
-    off_policy: torch.Tensor  # [M] bool: sampled from another prompt
+    chosen: Tokens  # [M] the trained ones of `tokens`
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -166,7 +182,7 @@ def collate(items: list[Weighted], pad_id: int) -> Batch:
     """Padded tensors of these rollouts, on the CPU.
 
     Two rollouts [1 | 5, 6] and [1 | 7] of prompt [1], weights 0.5 and -0.5, pad 0:
-    contexts [[1]], context_of [0, 0], tokens [[5, 6], [7, 0]], weights [0.5, 0.5, -0.5].
+    contexts [[1]], context_of [0, 0], tokens [[5, 6], [7, 0]], chosen.weights [0.5, 0.5, -0.5].
     """
     row_of = {}  # context -> its row
     for item in items:
@@ -183,17 +199,22 @@ def collate(items: list[Weighted], pad_id: int) -> Batch:
         off_policy.append([rollout.trained_prompt is not None] * (n - start))
     contexts = [list(context) for context in row_of]
     where = padded(trained, False)
-    return Batch(
-        contexts=padded(contexts, pad_id, side="left"),
-        contexts_mask=padded([[1] * len(context) for context in contexts], 0, side="left"),
-        context_of=torch.tensor([row_of[item.context] for item in items]),
-        tokens=padded(rows, pad_id),
-        tokens_mask=padded([[1] * len(row) for row in rows], 0),
-        trained=where,
+    tokens = padded(rows, pad_id)
+    chosen = Tokens(
+        ids=tokens[where],
         weights=padded(weights, 0.0)[where].float(),
         old_logps=padded(old_logps, 0.0)[where].float(),
         in_prefix=padded(in_prefix, False)[where],
         off_policy=padded(off_policy, False)[where],
+    )
+    return Batch(
+        contexts=padded(contexts, pad_id, side="left"),
+        contexts_mask=padded([[1] * len(context) for context in contexts], 0, side="left"),
+        context_of=torch.tensor([row_of[item.context] for item in items]),
+        tokens=tokens,
+        tokens_mask=padded([[1] * len(row) for row in rows], 0),
+        trained=where,
+        chosen=chosen,
     )
 
 
@@ -207,29 +228,17 @@ def padded(rows: list[list], value, side: str = "right") -> torch.Tensor:
 # --------------------------------------------------------------------------------------- log-probs
 
 
-def chosen_logps(
-    model, batch: Batch, temperature: float, chunk: int = 4096
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probs [M], entropies [M]) of the trained tokens, at the sampling temperature, in nats.
+def chosen_logps(model, batch: Batch, cfg) -> tuple[torch.Tensor, "Scored"]:
+    """log pi(y_t | y_<t) of the trained tokens, at the sampling temperature; see `Scored`.
 
     The body runs on context and tokens; the hidden state one position before each trained token
-    goes through the head, a log-softmax, and to the entry of that token: log pi(y_t | y_<t).
-    `backward` differentiates the weighted sum of these. Entropies carry no gradient.
-    chunk: tokens in a call of the head.
+    goes through the head. Also returns these hidden states [M, D]: `backward` goes on from them.
     """
     # Both give the same numbers; the second is the plain way, the first is faster.
     hidden_of = hidden_of_shared_contexts if can_share(model) else hidden_of_rows
     hidden = hidden_of(model, batch)  # [B, L, D]: the state one position earlier predicts the token
     hidden = hidden[batch.trained]  # [M, D]
-    targets = batch.tokens[batch.trained]  # [M]
-    head = model.get_output_embeddings()
-    logps, entropies = [], []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-        # The chunk's logits are not kept for the backward, but computed again in it.
-        logp, entropy = checkpoint(score, head, h, y, temperature, use_reentrant=False)
-        logps.append(logp)
-        entropies.append(entropy)
-    return torch.cat(logps), torch.cat(entropies)
+    return hidden, through_head(model.get_output_embeddings(), hidden, batch.chosen, cfg)
 
 
 def hidden_of_rows(model, batch: Batch) -> torch.Tensor:
@@ -246,8 +255,45 @@ def hidden_of_rows(model, batch: Batch) -> torch.Tensor:
     return out.last_hidden_state[:, W - 1 : -1]  # position W - 1 predicts the first token
 
 
+@dataclass
+class Scored:
+    """What the head gives for M trained tokens. Nothing in it carries a gradient."""
+
+    logps: torch.Tensor  # [M] nats
+    entropies: torch.Tensor  # [M] of the whole next-token distribution, nats
+    loss: torch.Tensor  # the batch's part of L, a scalar
+    slope: torch.Tensor  # [M, D] the derivative of the loss by the hidden states
+
+
+CHUNK = {"cpu": 256, "cuda": 4096}  # tokens; on a CPU larger logits get new memory each time
+
+
+def through_head(head, hidden: torch.Tensor, chosen: Tokens, cfg) -> Scored:
+    """Head, loss and their backward, on one chunk of the hidden states [M, D] after the other.
+
+    Adds to the gradient of the head's parameters. Uses cfg.temperature, clip, off_policy_shape,
+    chunk (tokens; 0: see CHUNK).
+    """
+    chunk = cfg.chunk or CHUNK[hidden.device.type]
+    logps, entropies, losses, slopes = [], [], [], []
+    for h, tokens in zip(hidden.detach().split(chunk), chosen.split(chunk)):
+        h.requires_grad_()  # the backward stops here: that of the body runs once, for all chunks
+        logp, entropy = score(head, h, tokens.ids, cfg.temperature)
+        loss = surrogate(logp, tokens, cfg.clip, cfg.off_policy_shape)
+        loss.backward()  # frees the logits of this chunk
+        logps.append(logp.detach())
+        entropies.append(entropy)
+        losses.append(loss.detach())
+        slopes.append(h.grad)
+    loss = torch.stack(losses).sum()
+    return Scored(torch.cat(logps), torch.cat(entropies), loss, torch.cat(slopes))
+
+
 def score(head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float):
-    """(log-probs, entropies) [chunk] of target tokens [chunk], from hidden states [chunk, D]."""
+    """(log-probs, entropies) [chunk] of target tokens [chunk], from hidden states [chunk, D].
+
+    Entropies carry no gradient.
+    """
     logps = (head(hidden).float() / temperature).log_softmax(-1)  # [chunk, V]
     entropies = -(logps.detach().exp() * logps.detach()).sum(-1)
     return logps.gather(1, targets[:, None])[:, 0], entropies
@@ -256,22 +302,22 @@ def score(head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float)
 # ------------------------------------------------------------------------------------ the gradient
 
 
-def surrogate(logps: torch.Tensor, batch: Batch, clip: float, shape: float = 0.0) -> torch.Tensor:
-    """The batch's part of L, a scalar. Paper step 6.
+def surrogate(logps: torch.Tensor, tokens: Tokens, clip: float, shape: float = 0.0) -> torch.Tensor:
+    """The part of L that these tokens [M] have, a scalar. Paper step 6.
 
     clip = 0: REINFORCE. Else the clipped surrogate min(ratio w, clamp(ratio, 1-clip, 1+clip) w).
     Off-policy tokens have no ratio: their term is w log p, or w p / (p + shape) with shape > 0,
     which pulls most on the tokens that the policy finds unlikely (Critique-GRPO: 0.1).
     """
-    terms = batch.weights * logps
+    terms = tokens.weights * logps
     if clip > 0:
-        ratio = (logps - batch.old_logps).exp()
+        ratio = (logps - tokens.old_logps).exp()
         clipped = ratio.clamp(1 - clip, 1 + clip)
-        bounded = torch.minimum(ratio * batch.weights, clipped * batch.weights)
-        terms = torch.where(batch.off_policy, terms, bounded)
+        bounded = torch.minimum(ratio * tokens.weights, clipped * tokens.weights)
+        terms = torch.where(tokens.off_policy, terms, bounded)
     if shape > 0:
         p = logps.exp()
-        terms = torch.where(batch.off_policy, batch.weights * p / (p + shape), terms)
+        terms = torch.where(tokens.off_policy, tokens.weights * p / (p + shape), terms)
     return -terms.sum()
 
 
@@ -289,10 +335,9 @@ def backward(
     sums = Sums()
     for part in micro_batches(items, cfg.micro_batch, rank, ranks):
         batch = collate(part, pad_id).to(device)
-        logps, entropies = logps_of(batch, cfg.temperature, cfg.chunk)
-        loss = surrogate(logps, batch, cfg.clip, cfg.off_policy_shape)
-        loss.backward()
-        sums.add(sums_of(loss, logps, entropies, batch))
+        hidden, scored = logps_of(batch, cfg)
+        hidden.backward(scored.slope)  # the chain rule, from where `through_head` stopped
+        sums.add(sums_of(scored, batch.chosen))
     return sums
 
 

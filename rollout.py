@@ -26,7 +26,6 @@ Try it alone:  python rollout.py    # samples a base group from the embedded pol
 import copy
 import os
 from dataclasses import dataclass, field
-from itertools import count
 from types import SimpleNamespace
 from typing import Callable, Generator, Iterable
 
@@ -35,6 +34,7 @@ import torch
 from transformers import DynamicCache
 
 from data.chains import generate_chains
+from data.contexts import keep_rows, sampling_cache, share_heads
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.parallel import gather, processes, rank
@@ -508,6 +508,7 @@ class HFEngine(Engine):
     """
 
     name = "hf"
+    FULL = 0.85  # finished rows leave the batch when at most this share of it is unfinished
 
     def __init__(self, model, tokenizer, max_rows: int = 512, device: torch.device | None = None):
         self.max_rows = max_rows
@@ -516,6 +517,7 @@ class HFEngine(Engine):
         if self.has_copy:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             self.model = copy.deepcopy(model).to(device, dtype)
+        share_heads(self.model)
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.pad = tokenizer.pad_token_id
         self.share, self.shares = rank(), processes()
@@ -556,21 +558,20 @@ class HFEngine(Engine):
     def sample_batch(self, requests: dict[int, Request], batch) -> list[Rollout]:
         """Samples rows (ticket, i) together, one token of each row at a time."""
         rows = [Row(requests[ticket], self.vocabulary) for ticket, _ in batch]
-        uniforms = []  # for each row [max_tokens]
-        for row, (_, i) in zip(rows, batch):
-            rng = np.random.default_rng([row.request.rng_key, i])
-            uniforms.append(rng.random(row.request.max_tokens))
-        active = list(range(len(rows)))  # for each place in the decoding batch: the row's number
+        rngs = [np.random.default_rng([row.request.rng_key, i]) for row, (_, i) in zip(rows, batch)]
         decoding = self.prefill(rows, [ticket for ticket, _ in batch])
-        for t in count():
-            u = torch.tensor([uniforms[number][t] for number in active], dtype=torch.float64)
-            tokens, logps = decoding.draw(u)
+        active = list(range(len(rows)))  # for each place in the decoding batch: the row's number
+        while True:
+            u = [rngs[number].random() for number in active]
+            tokens, logps = decoding.draw(torch.tensor(u, dtype=torch.float64))
             for number, token, logp in zip(active, tokens.tolist(), logps.tolist()):
-                rows[number].push(token, logp)
+                if not rows[number].over:
+                    rows[number].push(token, logp)
             places = [place for place, number in enumerate(active) if not rows[number].over]
             if not places:
                 return [row.rollout() for row in rows]
-            if len(places) < len(active):
+            # A row that is over costs a little; to take it out copies the cache of all others.
+            if len(places) <= self.FULL * len(active):
                 active = [active[place] for place in places]
                 tokens = decoding.keep(torch.tensor(places, device=tokens.device), tokens)
             decoding.step(self.model, tokens)
@@ -589,7 +590,7 @@ class HFEngine(Engine):
         ids = torch.tensor(padded, device=device)  # [states, W], left-padded
         mask = torch.tensor([[0] * (W - len(c)) + [1] * len(c) for c in contexts], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
+        cache = sampling_cache(self.model.config)
         out = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -627,8 +628,7 @@ class Decoding:
 
     def keep(self, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Keeps only the rows at `places`; returns their tokens. `step` renews the logits."""
-        self.cache.batch_select_indices(places)
-        self.mask = self.mask[places]
+        self.mask = keep_rows(self.cache, self.mask, places)
         self.positions = self.positions[places]
         self.temperature = self.temperature[places]
         self.top_p = self.top_p[places]

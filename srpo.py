@@ -175,7 +175,7 @@ class TrainingSettings:
     micro_batch: Positive = setting(
         64, "rows in a forward of a process; the gradient stays the same"
     )
-    chunk: Positive = setting(4096, "tokens in a call of the head; the gradient stays the same")
+    chunk: NotNegative = setting(0, "tokens in a call of the head; 0: 256, on a GPU 4096")
 
 
 @dataclass

@@ -41,20 +41,20 @@ class Sums:
             setattr(self, f.name, max(values) if f.name == "gap_max" else sum(values))
 
 
-def sums_of(loss, logps, entropies, batch) -> Sums:
-    """The sums of a micro-batch. loss: scalar; logps, entropies: [M]; batch: loss.Batch."""
-    gap = (logps.detach() - batch.old_logps).abs()
-    on_policy = ~batch.off_policy
-    in_prefix = batch.in_prefix & on_policy
+def sums_of(scored, tokens) -> Sums:
+    """The sums of a micro-batch. scored: loss.Scored; tokens: loss.Tokens, its trained tokens."""
+    gap = (scored.logps - tokens.old_logps).abs()
+    on_policy = ~tokens.off_policy
+    in_prefix = tokens.in_prefix & on_policy
     return Sums(
-        loss=loss.item(),
-        tokens=len(logps),
-        entropy=entropies.sum().item(),
+        loss=scored.loss.item(),
+        tokens=len(gap),
+        entropy=scored.entropies.sum().item(),
         gap=gap[on_policy & ~in_prefix].sum().item(),
         gap_prefix=gap[in_prefix].sum().item(),
         gap_max=max(gap[on_policy].tolist(), default=0.0),
         prefix_tokens=int(in_prefix.sum()),
-        off_policy_tokens=int(batch.off_policy.sum()),
+        off_policy_tokens=int(tokens.off_policy.sum()),
     )
 
 

@@ -159,7 +159,7 @@ def supervise(args, model, tokenizer, phase: Phase) -> None:
         clip=0.0,
         off_policy_shape=0.0,
         micro_batch=4,
-        chunk=4096,
+        chunk=0,
     )
     bar = tqdm(
         range(first, phase.steps),

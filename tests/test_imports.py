@@ -25,11 +25,11 @@ LAYERS = [
     ["data/verifiers.py", "data/parallel.py", "data/settings.py"],
     ["data/labelled.py", "data/problems.py", "data/driver.py"],
     ["data/chains.py", "data/english.py", "data/policies.py"],
-    ["data/hard_chains.py", "data/thoughts.py"],
+    ["data/contexts.py", "data/hard_chains.py", "data/thoughts.py"],
     ["data/tasks.py"],
     # the record, the programs, the engines
     ["rollout.py"],
-    ["data/contexts.py", "data/metrics.py", "data/programs.py", "localize.py"],
+    ["data/metrics.py", "data/programs.py", "localize.py"],
     ["loss.py"],
     # what a run writes, and what is read from it
     ["data/runs.py"],

@@ -23,7 +23,7 @@ from data.contexts import can_share, hidden_of_shared_contexts
 from data.driver import run_programs
 from data.metrics import Update, step_metrics, update_metrics
 from loss import (
-    Batch,
+    Tokens,
     Weighted,
     backward,
     chosen_logps,
@@ -31,6 +31,7 @@ from loss import (
     hidden_of_rows,
     set_advantages,
     surrogate,
+    through_head,
     token_weights,
     weigh,
 )
@@ -132,14 +133,14 @@ def test_advantages_are_spread_over_the_tokens_of_their_thoughts(changed, settin
 
 
 def test_clipping_follows_the_advantage_of_each_thought():
-    batch = collate([Weighted(three_thoughts(), list(A), [True] * 5)], pad_id=0)
-    assert batch.weights.tolist() == A.tolist()
-    logps = batch.old_logps.clone().requires_grad_()
-    surrogate(logps, batch, clip=0.2).backward()
-    assert torch.allclose(logps.grad, -batch.weights)
+    tokens = collate([Weighted(three_thoughts(), list(A), [True] * 5)], pad_id=0).chosen
+    assert tokens.weights.tolist() == A.tolist()
+    logps = tokens.old_logps.clone().requires_grad_()
+    surrogate(logps, tokens, clip=0.2).backward()
+    assert torch.allclose(logps.grad, -tokens.weights)
     # Every token has become more likely: only where that is wrong is there still a gradient.
-    moved = (batch.old_logps + 0.5).requires_grad_()
-    surrogate(moved, batch, clip=0.2).backward()
+    moved = (tokens.old_logps + 0.5).requires_grad_()
+    surrogate(moved, tokens, clip=0.2).backward()
     assert torch.allclose(moved.grad, torch.tensor([0, 0, 2 * np.exp(0.5), 0, 0]).float())
 
 
@@ -178,7 +179,7 @@ def letters_rollout(letters, response, advantages, **changed):
     return rollout
 
 
-def test_a_trained_token_without_advantage_is_in_the_batch(letters):
+def test_a_trained_token_without_advantage_is_in_the_batch(letters, monkeypatch):
     """An entropy bonus or a KL term of a fork must reach it."""
     rollouts = [
         letters_rollout(letters, (0, 1, 2), [0.0, 1.0, 0.0]),
@@ -186,12 +187,19 @@ def test_a_trained_token_without_advantage_is_in_the_batch(letters):
     ]
     batch = collate(weigh(rollouts, settings()), pad_id=0)
     assert batch.trained.tolist() == [[True] * 3, [True, True, False]]
-    assert batch.weights.tolist() == pytest.approx([0, 1 / 6, 0, 0, 0])
-    logps, _ = chosen_logps(letters.model, batch, 1.0)
+    assert batch.chosen.weights.tolist() == pytest.approx([0, 1 / 6, 0, 0, 0])
     exact = torch.cat([letters.logps((0, 1, 2)), letters.logps((2, 1, 0))[1:]])
-    assert torch.allclose(logps, exact, atol=1e-5)
-    g = gradient(letters.model, logps[[0, 2, 3, 4]].sum())
-    assert_close(g, gradient(letters.model, exact[[0, 2, 3, 4]].sum()))
+    expected = gradient(letters.model, (exact[[0, 2, 3, 4]] ** 2).sum())
+
+    def of_fork(logps, tokens, clip, shape):
+        return (logps[tokens.weights == 0] ** 2).sum()
+
+    monkeypatch.setattr(loss, "surrogate", of_fork)
+    letters.model.zero_grad()
+    hidden, scored = chosen_logps(letters.model, batch, settings())
+    hidden.backward(scored.slope)
+    assert torch.allclose(scored.logps, exact, atol=1e-5)
+    assert_close(torch.cat([p.grad.flatten() for p in letters.model.parameters()]), expected)
 
 
 @pytest.mark.parametrize("length", ["trained", "response", "step"])
@@ -270,7 +278,7 @@ def test_off_policy_tokens_stay_out_of_the_gap(letters, clip):
     assert [item.context for item in items] == [(0,), (0,)]
     batch = collate(items, pad_id=0)
     assert batch.contexts.tolist() == [[0]]
-    assert batch.off_policy.tolist() == [False] * 3 + [True] * 3
+    assert batch.chosen.off_policy.tolist() == [False] * 3 + [True] * 3
     sums = backward(letters.model, items, 0, cfg)
     assert (sums.tokens, sums.off_policy_tokens, sums.prefix_tokens) == (6, 3, 0)
     assert sums.gap < 1e-5 and sums.gap_max < 1e-5 and sums.gap_prefix == 0
@@ -314,10 +322,10 @@ def test_off_policy_terms_by_hand():
     p = torch.tensor([0.5, 0.9])
     for clip in (0.0, 0.2):
         logps = p.log().requires_grad_()
-        surrogate(logps, batch, clip).backward()
+        surrogate(logps, batch.chosen, clip).backward()
         assert torch.allclose(logps.grad, torch.tensor([-1.0, -1.0]))
         logps = p.log().requires_grad_()
-        loss_of_shaped = surrogate(logps, batch, clip, shape=0.1)
+        loss_of_shaped = surrogate(logps, batch.chosen, clip, shape=0.1)
         assert loss_of_shaped.item() == pytest.approx(-(0.5 / 0.6 + 0.9 / 1.0))
         loss_of_shaped.backward()
         assert torch.allclose(logps.grad, torch.tensor([-0.05 / 0.36, -0.09]))
@@ -611,8 +619,8 @@ def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, ex
     )
 
     def compute():
-        logps, _ = chosen_logps(policy.model, longer, 1.0)
-        surrogate(logps, longer, clip=0).backward()
+        hidden, scored = chosen_logps(policy.model, longer, settings())
+        hidden.backward(scored.slope)
 
     assert_same(gradients(policy, compute), reference)
 
@@ -685,10 +693,14 @@ def test_the_head_runs_only_on_trained_tokens(policy, step):
     Rollouts without weight are left out, as srpo.py does, and what a group has in common is run
     once (twice where micro-batches part it).
     """
-    rows, bodies = [], []
+    rows, bodies, passes = [], [], []
 
     def note_head(module, args, out):
         rows.append(len(args[0]))
+        passes.append("forward")
+
+    def note_head_backward(module, by_input, by_output):
+        passes.append("backward")
 
     def note_body(module, args, kwargs, out):
         bodies.append(len(kwargs["input_ids"]))
@@ -698,29 +710,53 @@ def test_the_head_runs_only_on_trained_tokens(policy, step):
     cfg = settings(micro_batch=16, chunk=32)
     items = [item for item in weigh(flat + others, cfg) if any(item.weights)]
     head = policy.model.lm_head.register_forward_hook(note_head)
+    head_backward = policy.model.lm_head.register_full_backward_hook(note_head_backward)
     body = policy.model.base_model.register_forward_hook(note_body, with_kwargs=True)
     sums = backward(policy.model, items, 0, cfg)
     head.remove()
+    head_backward.remove()
     body.remove()
     weighted = sum(rollout.generated for rollout in others)
     assert sums.tokens == weighted
-    assert sum(rows) == 2 * weighted  # forward, and once more in the backward
+    assert sum(rows) == weighted  # once
     assert max(rows) <= 32
+    # The logits of a chunk are done with before those of the next are made.
+    assert passes == ["forward", "backward"] * len(rows)
     states, own = bodies[::2], bodies[1::2]  # of each micro-batch: its states, then its rows
     assert sum(own) == len(others)
     assert sum(states) <= len({rollout.group for rollout in others}) + len(states)
 
 
+@pytest.mark.parametrize("clip, shape, chunk", [(0, 0, 3), (0.2, 0, 4), (0.2, 0.1, 0)])
+def test_the_head_in_chunks_is_plain_autograd(clip, shape, chunk):
+    """Log-probs, entropies, loss and gradients, also with a bias and a temperature."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(4, 11)
+    hidden = (3 * torch.randn(8, 4)).requires_grad_()
+    tokens = Tokens(
+        ids=torch.arange(8),
+        weights=torch.randn(8),
+        old_logps=-2 * torch.rand(8),
+        in_prefix=torch.zeros(8, dtype=torch.bool),
+        off_policy=torch.arange(8) % 4 == 3,
+    )
+    whole = (head(hidden) / 0.7).log_softmax(-1)
+    logps = whole[torch.arange(8), tokens.ids]
+    expected = surrogate(logps, tokens, clip, shape)
+    wanted = torch.autograd.grad(expected, [hidden, *head.parameters()])
+    cfg = settings(temperature=0.7, clip=clip, off_policy_shape=shape, chunk=chunk)
+    scored = through_head(head, hidden, tokens, cfg)
+    assert torch.allclose(scored.loss, expected)
+    assert torch.allclose(scored.logps, logps, atol=1e-6)
+    assert torch.allclose(scored.entropies, -(whole.exp() * whole).sum(-1), atol=1e-6)
+    for found, gradient in zip([scored.slope, head.weight.grad, head.bias.grad], wanted):
+        assert torch.allclose(found, gradient, atol=1e-6)
+
+
 def test_clipped_surrogate():
     """On policy it has REINFORCE's gradient; off policy it is flat where the ratio moved enough."""
-    unused = torch.zeros(1)
-    batch = Batch(
-        contexts=unused,
-        contexts_mask=unused,
-        context_of=unused,
-        tokens=unused,
-        tokens_mask=unused,
-        trained=unused,
+    tokens = Tokens(
+        ids=torch.zeros(5),
         weights=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]),
         old_logps=torch.full((5,), -1.0),
         in_prefix=torch.zeros(5, dtype=torch.bool),
@@ -728,8 +764,8 @@ def test_clipped_surrogate():
     )
     # The ratios are 1, 1.65, 1.65, 0.61 and 0.61.
     logps = torch.tensor([-1.0, -0.5, -0.5, -1.5, -1.5], requires_grad=True)
-    surrogate(logps, batch, clip=0.2).backward()
-    ratio = (logps - batch.old_logps).exp().detach()
+    surrogate(logps, tokens, clip=0.2).backward()
+    ratio = (logps - tokens.old_logps).exp().detach()
     assert torch.allclose(logps.grad, torch.tensor([-1.0, 0.0, ratio[2], 0.0, -ratio[4]]))
 
 

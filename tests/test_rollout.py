@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from conftest import Enumerable, Letters
+from conftest import Enumerable, Letters, settings
+from data.contexts import keep_rows, sampling_cache
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.programs import trained_rollouts
@@ -369,9 +370,8 @@ def trainer_logps(model, rollouts, temperature=1.0):
         n = len(rollout.token_ids)
         items.append(Weighted(rollout, [1.0] * n, [True] * n))
     batch = collate(items, pad_id=0)
-    with torch.no_grad():
-        logps, _ = chosen_logps(model, batch, temperature)
-    return logps, batch.old_logps
+    _, scored = chosen_logps(model, batch, settings(temperature=temperature))
+    return scored.logps, batch.chosen.old_logps
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -399,6 +399,37 @@ def test_heads_that_share_keys_and_values(policy):
     rollouts = list_all(engine.sample([task.request("base", 4) for task in tasks]))
     logps, sampled = trainer_logps(model, rollouts)
     assert (logps - sampled).abs().max() < 1e-4
+
+
+def test_the_cache_is_not_copied_for_a_new_token(policy):
+    cache = sampling_cache(policy.model.config)
+    copies = set()
+    with torch.inference_mode():
+        for _ in range(10):
+            policy.model(input_ids=torch.tensor([[5, 6], [7, 8]]), past_key_values=cache)
+            copies.add(cache.layers[0].keys.data_ptr())
+    assert len(copies) == 1 and cache.layers[0].keys.shape[2] == 20
+
+
+def test_rows_that_leave_take_their_padding_along(policy):
+    """The next logits of the rows that stay are what they were."""
+    ids = torch.tensor([[4, 5, 6, 7, 8], [0, 0, 4, 5, 6], [0, 0, 0, 7, 8]])
+    mask = torch.tensor([[1] * 5, [0] * 2 + [1] * 3, [0] * 3 + [1] * 2])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    stay = torch.tensor([1, 2])
+    logits = []
+    with torch.inference_mode():
+        for leave in (False, True):
+            cache = sampling_cache(policy.model.config)
+            cached = dict(past_key_values=cache, attention_mask=mask)
+            policy.model(input_ids=ids, position_ids=positions, **cached)
+            kept = keep_rows(cache, mask, stay) if leave else mask
+            rows = stay if leave else torch.arange(3)
+            cached["attention_mask"] = torch.cat([kept, kept.new_ones(len(rows), 1)], 1)
+            new = dict(input_ids=ids[rows, -1:], position_ids=positions[rows, -1:] + 1)
+            logits.append(policy.model(**new, **cached).logits[:, -1])
+    assert kept.tolist() == [[1, 1, 1], [0, 1, 1]] and cache.get_seq_length() == 4
+    assert torch.allclose(logits[0][stay], logits[1], atol=1e-5)
 
 
 def token_ids_of(groups):
