@@ -1,4 +1,4 @@
-"""The page of `python eval.py report RUN_DIR [RUN_DIR...]`: curves, step metrics and reset trees.
+"""The page of `python eval.py report RUN_DIR [RUN_DIR...]`: curves, step metrics, resets and walks.
 
 This file reads the runs and chooses what fits into the page; data/report.html draws it. The page
 needs no network and is safe to open: what a model wrote is data in it, never markup, and its
@@ -340,6 +340,7 @@ def trees_of_step(path: Path, place: Place, config: dict) -> dict:
     records = [json.loads(line, parse_constant=lambda name: None) for line in lines]
     sums = step_sums(records, config)
     slots = slots_of(records)
+    walks = walks_of(records)
     named = {record["seed"] for record in records} | {record["localization"] for record in records}
     trees = {}
     for record in records:
@@ -351,6 +352,7 @@ def trees_of_step(path: Path, place: Place, config: dict) -> dict:
                 "question": record["question"],
                 "answer": str(record["answer"]),
                 "unshown": {},  # by purpose: how many continuations only measure a prefix
+                "walks": [ids for ids in walks if slots[ids[-1]] == slot],
                 "rollouts": [],
             }
         if is_probe(record, named):
@@ -389,9 +391,20 @@ def is_trained(record: dict) -> bool:
 def is_probe(record: dict, named: set) -> bool:
     """Whether it only measures a prefix: a continuation that is not trained, and no seed or review.
 
-    named: the ids that other records refer to."""
+    named: the ids that other records refer to. The last round of a walk is shown in any case."""
     continues = record["seed"] is not None or record["purpose"] == "oracle"
-    return continues and not is_trained(record) and record["id"] not in named
+    ends = is_trained(record) or record["purpose"] == "walk"
+    return continues and not ends and record["id"] not in named
+
+
+def walks_of(records: list[dict]) -> list[list[int]]:
+    """The ids of each walk: of the response that it starts from, then of its rounds, in order."""
+    walks = {}  # by the id of the response in hand
+    for record in records:
+        if record["purpose"] == "walk" and record["seed"] is not None:
+            walk = walks.pop(record["seed"], [record["seed"]])
+            walks[record["id"]] = [*walk, record["id"]]
+    return list(walks.values())
 
 
 def advantages_of(record: dict) -> list[float] | None:
@@ -431,8 +444,8 @@ def slots_of(records: list[dict]) -> dict[int, int]:
 def rollout_for_page(record: dict, sums: StepSums, config: dict) -> dict:
     """A record of rollouts.jsonl for the page, with the weights that loss.py gives its tokens.
 
-    A suffix leaves out the texts of the shared prefix: its seed has them. One that is trained from
-    its beginning has all of its texts."""
+    A suffix leaves out the texts of the shared prefix: its seed has them. So does a round of a walk
+    that nobody trains on. One that is trained from its beginning has all of its texts."""
     ends = record["thought_ends"]
     spans = list(zip([0, *ends], ends))  # of each thought, in tokens
     trained = is_trained(record)
@@ -440,7 +453,8 @@ def rollout_for_page(record: dict, sums: StepSums, config: dict) -> dict:
     masked = stand_in(record).masked(config["mask_prefix"])
     shared = sum(end <= record["prefix_len"] for end in ends)  # thoughts that its seed has, too
     reset = trained and record["seed"] is not None and record.get("trained_from") is None
-    first = shared + 1 if reset else 1  # the first thought that is shown
+    on_the_way = record["purpose"] == "walk" and record["seed"] is not None and not trained
+    first = shared + 1 if reset or on_the_way else 1  # the first thought that is shown
     return {
         "id": record["id"],
         "purpose": record["purpose"],
@@ -457,6 +471,7 @@ def rollout_for_page(record: dict, sums: StepSums, config: dict) -> dict:
         "is_reset": reset,
         "shared": shared,
         "off_policy": record.get("off_policy", False),
+        "searched": trained and stand_in(record).searched,
         "prompt": record.get("prompt"),
         "thoughts": record["thoughts"][first - 1 :],
         "tokens": [end - start for start, end in spans],

@@ -240,6 +240,7 @@ def runs(policy, tmp_path_factory):
         "unmasked": Run(folder / "unmasked", policy, mask_prefix=False),
         "response": Run(folder / "response", policy, length="response"),
         "step": Run(folder / "step", policy, length="step"),
+        "walk": Run(folder / "walk", policy, method="walk", rounds=4),
         "open": Run(folder / "open", policy, method=open_record),
         "open step": Run(folder / "open_step", policy, method=open_record, length="step"),
     }
@@ -249,7 +250,7 @@ def runs(policy, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["srpo", "grpo", "2x4", "unmasked", "response", "step", "open", "open step"]
+    "name", ["srpo", "grpo", "2x4", "unmasked", "response", "step", "walk", "open", "open step"]
 )
 def test_weights_are_those_of_the_loss(runs, tmp_path, name):
     run = runs[name]
@@ -257,7 +258,9 @@ def test_weights_are_those_of_the_loss(runs, tmp_path, name):
     weighted = 0
     for step in data["runs"][0]["steps"]:
         rollouts, generated = run.rollouts[step["step"]]
-        assert step["n"] == len(rollouts) == (24 if "open" in name else 32)
+        assert step["n"] == len(rollouts)
+        if name != "walk":  # its groups have 4, 5 or 8
+            assert len(rollouts) == (24 if "open" in name else 32)
         seen = set()
         for tree in step["trees"]:
             for shown in tree["rollouts"]:
@@ -275,7 +278,8 @@ def test_weights_are_those_of_the_loss(runs, tmp_path, name):
 def check_weights(shown, rollout, weights, mask_prefix):
     """Compares what the page has of a rollout with the loss's token weights."""
     assert (shown["k"] is None) == (rollout.group is None)
-    assert shown["off_policy"] == (rollout.trained_prompt is not None)
+    assert shown["searched"] == (rollout.group is not None and rollout.searched)
+    assert shown["off_policy"] == (rollout.trained_prompt is not None or rollout.searched)
     spans = list(zip([0, *rollout.thought_ends], rollout.thought_ends))
     assert shown["tokens"] == [end - start for start, end in spans]
     sums = [sum(weights[start:end]) for start, end in spans]
@@ -307,6 +311,43 @@ def test_what_the_page_knows_of_an_open_record(runs, tmp_path):
             assert shown["prompt"].startswith(tree["question"])
         (review,) = by_purpose["review"]
         assert review["k"] is None and review["reward"] is None
+
+
+def walks_in(run):
+    """[(step, tree in the page's order, rollouts of the walk)], followed from its end by the seeds
+    of the rollouts themselves. One tree has one walk at most."""
+    walks = []
+    for step, (_, generated) in run.rollouts.items():
+        of_walks = [rollout for rollout in generated if rollout.purpose == "walk"]
+        continued = {id(rollout.seed) for rollout in of_walks}
+        for end in of_walks:
+            if id(end) not in continued:
+                chain = [end]
+                while chain[0].purpose == "walk":
+                    chain.insert(0, chain[0].seed)
+                walks.append((step, chain[0].group[0], chain))
+    return walks
+
+
+def test_what_the_page_knows_of_a_walk(runs, tmp_path):
+    """Its rounds in order, also where nothing was found; each text once, but for the found one."""
+    _, data = report(tmp_path / "report.html", runs["walk"].folder)
+    steps = {step["step"]: step["trees"] for step in data["runs"][0]["steps"]}
+    walks = walks_in(runs["walk"])
+    assert {chain[-1].group is None for _, _, chain in walks} == {True, False}
+    for step, slot, chain in walks:
+        tree = steps[step][slot]
+        assert tree["slot"] == slot and tree["unshown"] == {}
+        generated = [id(rollout) for rollout in runs["walk"].rollouts[step][1]]
+        assert tree["walks"] == [[generated.index(id(rollout)) for rollout in chain]]
+        shown = {r["id"]: r for r in tree["rollouts"]}
+        for i, rollout in zip(tree["walks"][0][1:], chain[1:]):
+            found = rollout.group is not None
+            assert shown[i]["searched"] == (found and rollout.prefix_len > 0)
+            assert shown[i]["from"] == (1 if found else rollout.reset)
+            assert shown[i]["shared"] == rollout.reset - 1
+    n_walks = sum(len(tree["walks"]) for tree in all_trees(data["runs"][0]))
+    assert n_walks == len(walks)
 
 
 def test_older_runs_have_one_advantage_for_a_rollout(runs, tmp_path):
@@ -501,6 +542,7 @@ def test_draws_each_thought_in_its_own_colour(runs, tmp_path):
     assert "Sampled after thought 1 of base rollout 1, and trained from its beginning." in text
     assert "Trained from thought 2 on." in text
     assert text.count("Off-policy: sampled from another prompt than it is trained under.") == 2
+    assert text.count("Off-policy: its prefix was searched for.") == 1
     assert "The prompt that it was sampled from" in text
     assert "an advantage for each thought" in text
     assert re.search(r"A −\S+ to \+\S+", text)
@@ -509,6 +551,88 @@ def test_draws_each_thought_in_its_own_colour(runs, tmp_path):
     assert "Reset 1" not in text
     assert '5 continuations for "value" that nobody trained on are not shown.' in text
     assert page.texts["subtitle"] == data["runs"][0]["about"]
+
+
+WALK = """
+  const row = (node) => ({
+    name: node.querySelector(".name").textContent,
+    meta: node.querySelector(".meta").textContent,
+    kept: node.querySelectorAll(".cell.kept").length,
+    shared: node.querySelectorAll(".cell.shared").length,
+    cells: node.querySelectorAll(".cell").length,
+    located: [...node.querySelectorAll(".cell.located")].map((cell) => +cell.textContent),
+    wrong: [...node.querySelectorAll(".cell.wrong")].map((cell) => +cell.textContent),
+    coloured: node.querySelectorAll(".cell.pos").length,
+  });
+  return ADDRESSES.map((address) => {
+    page.location.hash = address;
+    page.dispatchEvent(new page.HashChangeEvent("hashchange"));
+    const sections = [...$("tree").querySelectorAll("section")];
+    const walk = sections.find((s) => s.querySelector("h3").textContent.startsWith("Walk"));
+    return {
+      address: page.location.hash,
+      titles: sections.map((s) => s.querySelector("h3").textContent),
+      group: sections[0].textContent,
+      walk: walk.textContent,
+      rows: [...walk.querySelectorAll("details.row")].map(row),
+      charts: $("metrics").textContent,
+      width: width(),
+    };
+  });
+"""
+
+
+def of_two_rounds(walks, found):
+    """The first walk of two rounds or more that keep something, and found a success or not."""
+    for walk in walks:
+        chain = walk[-1]
+        if (chain[-1].group is not None) == found and len(chain) > 2 and chain[-1].prefix_len:
+            return walk
+
+
+@in_browser
+def test_draws_a_walk_round_by_round(runs, tmp_path):
+    """Each row shows what it keeps, where it is reset next, and its true first wrong thought."""
+    out = tmp_path / "report.html"
+    run = runs["walk"]
+    report(out, run.folder)
+    walks = [of_two_rounds(walks_in(run), found) for found in (True, False)]
+    addresses = [f"#run=1&step={step}&problem={slot + 1}" for step, slot, _ in walks]
+    pages = driven(out, WALK.replace("ADDRESSES", json.dumps(addresses)), addresses[0])
+    records = {(record["step"], record["id"]): record for record in run.records()}
+    for (step, _, chain), address, shown in zip(walks, addresses, pages):
+        assert shown["address"] == address and shown["width"] <= 360
+        assert "Walks, by how they ended" in shown["charts"]
+        assert "Rounds of a walk, on average" in shown["charts"]
+        check_words(chain, shown)
+        assert len(shown["rows"]) == len(chain)
+        generated = [id(rollout) for rollout in run.rollouts[step][1]]
+        for i, (rollout, row) in enumerate(zip(chain, shown["rows"])):
+            truth = records[step, generated.index(id(rollout))]["first_wrong"]
+            assert row["wrong"] == ([truth] if truth else [])
+            assert row["located"] == [after.reset for after in chain[i + 1 : i + 2]]
+            assert row["cells"] == len(rollout.thought_ends)
+            assert row["shared"] == (rollout.reset - 1 if i else 0)
+            if i:
+                found = rollout.group is not None
+                assert row["name"] == f"round {i}"
+                assert row["kept"] == (0 if found else rollout.reset - 1)
+                assert row["coloured"] == (len(rollout.thought_ends) if found else 0)
+
+
+def check_words(chain, shown):
+    """The title and the text say how the walk ended."""
+    rounds = len(chain) - 1
+    if chain[-1].group is None:
+        assert shown["titles"] == ["Base group", f"Walk: nothing found in {rounds} rounds"]
+        assert "none joined the group, and nobody trains on them" in shown["walk"]
+        assert "no variance" in shown["group"]
+    else:
+        assert shown["titles"] == ["Base group", f"Walk: found after {rounds} rounds"]
+        joined = f"round {rounds} joined the base group, and is trained as a whole."
+        assert f"{joined} It is off-policy: its prefix was searched for." in shown["walk"]
+        assert f"one was found after {rounds} rounds" in shown["group"]
+        assert "no variance" not in shown["group"]
 
 
 USER = """
