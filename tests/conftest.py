@@ -27,6 +27,7 @@ from data.chains import generate_chains  # noqa: E402
 from data.faults import counters  # noqa: E402
 from data.policies import encode_question, load_policy  # noqa: E402
 from data.problems import Problem  # noqa: E402
+from data.sandbox import isolation  # noqa: E402
 from data.thoughts import Vocabulary  # noqa: E402
 from localize import LOCALIZERS  # noqa: E402
 from rollout import HFEngine, Request, Rollout, Task  # noqa: E402
@@ -37,6 +38,18 @@ POLICY = ROOT / "data" / "policy"
 # each other, and beside other work that takes ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def no_sandbox() -> str | None:
+    """Why programs cannot be isolated here, or None."""
+    try:
+        isolation()
+    except OSError as fault:
+        return f"programs cannot be isolated here: {fault}"
+    return None
+
+
+needs_sandbox = pytest.mark.skipif(no_sandbox() is not None, reason=str(no_sandbox()))
 
 
 # A method of somebody else, in a file of its own: VinePPO, credit for each thought.

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srpo
-from conftest import IDEA, POLICY, ROOT
+from conftest import IDEA, POLICY, ROOT, needs_sandbox
 from data.driver import run_programs
 from data.metrics import step_metrics
 from data.programs import load_program
@@ -240,6 +240,7 @@ def test_training_learns(tmp_path):
     assert after["eval_pass_rate"] > before["eval_pass_rate"] + 0.1
 
 
+@needs_sandbox
 def test_code_problems_need_a_sandbox(tmp_path, capsys, untouched, monkeypatch):
     """A run on code problems says what isolates them; where nothing does, it is refused before
     anything is written."""

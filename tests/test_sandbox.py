@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, needs_sandbox
 from data import sandbox
 from data.faults import UserError, counters
 from data.inside import canonical, decode, encode
@@ -42,6 +42,7 @@ def script(source, stdin="", seconds=5.0):
 # -------------------------------------------------------------------------- refused machines
 
 
+@needs_sandbox
 def test_this_machine_isolates():
     assert isolation() == "sandbox: bubblewrap, seccomp"
 
@@ -80,6 +81,7 @@ def test_other_machines_are_refused(tmp_path, monkeypatch, bubblewrap, complaint
     assert counters["sandbox_failed"] == 3
 
 
+@needs_sandbox
 def test_it_says_what_it_is():
     command = [sys.executable, "-m", "data.sandbox"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -150,6 +152,7 @@ class Solution:
         ("\ud800\x00", DOUBLE, 0),
     ],
 )
+@needs_sandbox
 def test_programs(program, tests, share):
     assert share_passed(program, tests, seconds=5) == pytest.approx(share)
 
@@ -182,6 +185,7 @@ RETURNED = [
 
 
 @pytest.mark.parametrize("program, expected, right", RETURNED)
+@needs_sandbox
 def test_results_are_compared_by_value(program, expected, right):
     assert share_passed(program, {"call": "f", "cases": [[[], expected]]}) == right
 
@@ -241,6 +245,7 @@ OWN_CLASS = "class Mine(ValueError): pass\n" + ROOT_OF.format("Mine('negative')"
         ("def f(x): return (y for y in [x])", RAISES_SOMETHING, False),
     ],
 )
+@needs_sandbox
 def test_checks_may_use_keywords_and_expect_exceptions(program, check, right):
     tests = {"call": "f", "check": check}
     assert passes_check(program, tests, seconds=3) is right
@@ -261,6 +266,7 @@ def test_codecs_agree_with_python():
         canonical(deep)
 
 
+@needs_sandbox
 def test_a_program_has_limited_time_for_all_its_tests(monkeypatch):
     """Tests that do not get a turn fail; those that passed before count."""
     monkeypatch.setattr(sandbox, "PROGRAM_SECONDS", 2.5)
@@ -269,6 +275,7 @@ def test_a_program_has_limited_time_for_all_its_tests(monkeypatch):
     assert share_passed(slow, {"stdin": cases}, seconds=1) == 1 / 52
 
 
+@needs_sandbox
 def test_large_arguments_and_results():
     """Larger than a pipe holds; also for a program that never reads them."""
     numbers = list(range(100_000))
@@ -486,6 +493,7 @@ NEW_FILES = [
     [ON_OTHER_PROCESSES, NEW_PROCESSES_AND_NAMESPACES, KERNEL, NEW_FILES],
     ids=["processes", "namespaces", "kernel", "files"],
 )
+@needs_sandbox
 def test_what_is_not_allowed(attacks):
     affinity = os.sched_getaffinity(0)
     policy = os.sched_getscheduler(0)
@@ -499,6 +507,7 @@ def test_what_is_not_allowed(attacks):
     assert [Path(f"/proc/sysvipc/{kind}").read_text() for kind in ("shm", "sem", "msg")] == shared
 
 
+@needs_sandbox
 def test_no_file_outside_is_seen_or_changed(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("the expected answers")
@@ -542,6 +551,7 @@ print("srpo.py" in names, "test_sandbox.py" in names, [n for n in names if ".jso
 """
 
 
+@needs_sandbox
 def test_what_a_program_sees(monkeypatch):
     """Nothing of this process's environment, and no data set anywhere."""
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
@@ -600,6 +610,7 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(
         THREAD_BOMB,
     ],
 )
+@needs_sandbox
 def test_endless_programs_end(program):
     """And the next input gets its turn."""
     endless = f"stop = input()\nif stop: print('stopped'); raise SystemExit\n{program}"
@@ -608,18 +619,21 @@ def test_endless_programs_end(program):
     assert second.output == b"stopped\n"
 
 
+@needs_sandbox
 def test_signals_reach_nobody():
     first, second = run("script", ["", ""], source=SIGNALS_TO_ALL)
     assert first.output.startswith(b"alive\n") and first.output == second.output
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="machine code of x86-64")
+@needs_sandbox
 def test_calls_of_other_architectures_end_the_program():
     assert script(CALLS_OF_32_BITS).status == -signal.SIGSYS
     x32 = "import ctypes\nprint(ctypes.CDLL(None).syscall(0x40000000 + 57))"
     assert script(x32).status == -signal.SIGSYS
 
 
+@needs_sandbox
 def test_memory_and_output_are_bounded():
     grow = "x = []\nwhile True: x.append(bytes(1 << 24))"
     in_files = "while True: os.posix_fallocate(os.memfd_create('x'), 0, 1 << 20)"
@@ -648,6 +662,7 @@ def test_memory_and_output_are_bounded():
 @pytest.mark.parametrize(
     "early", ["raise SystemExit(0)", "import os\nos._exit(0)", "import sys\nsys.exit()"]
 )
+@needs_sandbox
 def test_ending_early_earns_nothing(early):
     indented = early.replace("\n", "\n    ")
     for tests in (DOUBLE, CALL, CHECK):
@@ -655,6 +670,7 @@ def test_ending_early_earns_nothing(early):
         assert share_passed(f"def f(x):\n    {indented}", tests) == 0
 
 
+@needs_sandbox
 def test_a_program_can_end_its_own_server_only():
     """The inputs that follow have no result; it is counted."""
     counters.clear()
@@ -689,6 +705,7 @@ def check(candidate):
 """
 
 
+@needs_sandbox
 def test_expected_results_are_nowhere_in_the_process():
     """A program searches frames, objects and open files for the number that the tests expect."""
     assert share_passed(HUNT, {"call": "f", "cases": [[[2], EXPECTED], [[3], False]]}) == 0.5
@@ -765,6 +782,7 @@ JUNK = [
         *[WRITES_TO_ALL_FILES.format(junk=junk) for junk in JUNK],
     ],
 )
+@needs_sandbox
 def test_forged_results(program):
     """Results are bytes that are compared outside: a guess is right once, not always.
 
@@ -832,6 +850,7 @@ def start(source, tests, least):
 
 
 @pytest.mark.parametrize("tests, least", [({"stdin": [["", ""]]}, 3), (CHECK, 6)])
+@needs_sandbox
 def test_programs_end_with_a_killed_trainer(tests, least):
     """bubblewrap, the server and the program's process, of both sandboxes where tests are code."""
     trainer, below = start(TRAINER, tests, least)
@@ -841,6 +860,7 @@ def test_programs_end_with_a_killed_trainer(tests, least):
     wait_until(lambda: not any(alive(pid) for pid in below))
 
 
+@needs_sandbox
 def test_a_second_interrupt_does_not_wait_for_programs():
     """Dozens of programs that would run for 50 seconds each are queued."""
     trainer, below = start(STOPPED, {"stdin": [["", ""]]}, 3)
@@ -852,6 +872,7 @@ def test_a_second_interrupt_does_not_wait_for_programs():
     wait_until(lambda: not any(alive(pid) for pid in below))
 
 
+@needs_sandbox
 def test_nothing_stays_behind():
     """No process, no open file, no thread."""
     share_passed("print(4)", DOUBLE)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import needs_sandbox
 from data import prepare, verifiers
 from data.faults import UserError, counters
 from data.policies import encode_question
@@ -130,6 +131,7 @@ DOUBLE = {"stdin": [["2", "4"], ["3", "6"]]}
         ("```python\n```", 0),
     ],
 )
+@needs_sandbox
 def test_programs_in_responses(response, reward):
     assert Problem(0, "?", "", "code", tests=DOUBLE).grade(response) == reward
 
@@ -146,6 +148,7 @@ def test_slow_kinds_wait_for_another_process():
     assert slow == ["math", "code"]
 
 
+@needs_sandbox
 def test_only_code_asks_something_of_the_machine(monkeypatch):
     others = [Problem(0, "?", "1", name) for name in KINDS if name != "code"]
     code = Problem(0, "?", "", "code", tests=DOUBLE)
