@@ -29,12 +29,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 
 from data.faults import UserError
 from data.parallel import on_main, processes, rank, whole_weights
@@ -93,6 +87,8 @@ class Progress:
 
 def save_checkpoint(out_dir: Path, progress: Progress, model, tokenizer, optimizer) -> None:
     """Writes checkpoints/step_N. Every process must call it."""
+    import torch.distributed.checkpoint as dcp  # here, not above: a start need not wait for it
+
     folder = out_dir / "checkpoints"
     temporary = folder / f"tmp-step_{progress.step}"
     on_main(make_empty, temporary)
@@ -136,6 +132,8 @@ def digest(path: Path) -> str:
 
 def training_state(model, optimizer) -> dict:
     """Trained parameters and optimizer state, by name; sharded where the model is sharded."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     options = StateDictOptions(ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
@@ -143,6 +141,9 @@ def training_state(model, optimizer) -> dict:
 
 def load_checkpoint(checkpoint: Path, model, optimizer) -> Progress:
     """Puts model and optimizer where they were. Every process must call it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     state = training_state(model, optimizer)
     dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=processes() == 1)
     set_state_dict(
