@@ -25,7 +25,9 @@ Try it alone:  python rollout.py    # samples a base group from the embedded pol
 
 import copy
 import os
+from collections import Counter
 from dataclasses import dataclass, field
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Callable, Generator, Iterable
 
@@ -473,7 +475,19 @@ class Engine:
     streams = False  # can `finished` give some requests while others are still sampled?
     share, shares = 0, 1  # it runs programs share, share + shares, share + 2 shares, ...
     reports = True  # on one rank of each tensor-parallel group, whose engines run the same programs
-    tickets = 0
+
+    def __init__(self):
+        self.tickets = 0
+        self.seconds = Counter()  # of sampling, by purpose; the driver clears it
+        self.at = 0.0  # until when they are counted
+
+    def spend(self, purposes: Counter) -> None:
+        """Shares the time since `at` between purposes. Counter: of rows, or of tokens read."""
+        if purposes.total():
+            now = perf_counter()
+            for purpose, n in purposes.items():
+                self.seconds[purpose] += (now - self.at) * n / purposes.total()
+            self.at = now
 
     def ticket(self) -> int:
         self.tickets += 1
@@ -511,6 +525,7 @@ class HFEngine(Engine):
     FULL = 0.85  # finished rows leave the batch when at most this share of it is unfinished
 
     def __init__(self, model, tokenizer, max_rows: int = 512, device: torch.device | None = None):
+        super().__init__()
         self.max_rows = max_rows
         self.has_copy = device is not None
         self.model = model
@@ -536,6 +551,7 @@ class HFEngine(Engine):
 
     def finished(self) -> list[tuple[int, list[Rollout]]]:
         """Samples all requests, shortest contexts first; at most `max_rows` rows at once."""
+        self.at = perf_counter()
         requests, self.queue = self.queue, {}
         answers = {ticket: [] for ticket in requests}
 
@@ -567,6 +583,7 @@ class HFEngine(Engine):
             for number, token, logp in zip(active, tokens.tolist(), logps.tolist()):
                 if not rows[number].over:
                     rows[number].push(token, logp)
+            self.spend(Counter(rows[number].request.purpose for number in active))
             places = [place for place, number in enumerate(active) if not rows[number].over]
             if not places:
                 return [row.rollout() for row in rows]
@@ -581,10 +598,12 @@ class HFEngine(Engine):
         device = self.model.device
         place_of = {}  # state -> its place in the prefill
         contexts = []
+        read = Counter()  # tokens, by purpose
         for row, state in zip(rows, states):
             if state not in place_of:
                 place_of[state] = len(contexts)
                 contexts.append(row.request.prompt_ids + row.request.prefix_ids)
+                read[row.request.purpose] += len(contexts[-1])
         W = max(map(len, contexts))
         padded = [[self.pad] * (W - len(c)) + c for c in contexts]
         ids = torch.tensor(padded, device=device)  # [states, W], left-padded
@@ -599,6 +618,7 @@ class HFEngine(Engine):
             use_cache=True,
             logits_to_keep=1,
         )
+        self.spend(read)
         of_row = torch.tensor([place_of[state] for state in states], device=device)  # [rows]
         cache.batch_select_indices(of_row)
         return Decoding(
@@ -690,6 +710,7 @@ class VLLMEngine(Engine):
     def __init__(
         self, source, model, tokenizer, context: int, max_rows=512, memory: float = 0.5, tp: int = 1
     ):
+        super().__init__()
         # Weights are handed over inside this process.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -749,16 +770,20 @@ class VLLMEngine(Engine):
 
         Log-probs are at the sampling temperature, after top_p truncation.
         """
+        self.at = perf_counter()
         complete = []
         while not complete:
             stopped = []  # vLLM's ids of the rows that it must stop
+            in_step = Counter()  # rows, by purpose
             for output in self.llm.llm_engine.step():
                 ticket = int(output.request_id)
                 stopped += self.take(ticket, output)
                 _, rows = self.under_way[ticket]
+                in_step[rows[0].request.purpose] += len(output.outputs)
                 if all(row.over for row in rows) and ticket not in complete:
                     complete.append(ticket)
             self.llm.llm_engine.abort_request(stopped, internal=True)
+            self.spend(in_step)  # a step without output is shared with the next one
         answers = []
         for ticket in complete:
             vllm_id, rows = self.under_way.pop(ticket)

@@ -36,7 +36,8 @@ def run_programs(programs: list[Generator], engine) -> Sampled:
     """Runs all programs together, and gives each the rollouts that it asks for.
 
     With several processes each runs its engine's share of the programs; all get the results of all.
-    Seconds of sampling are divided between purposes by generated tokens.
+    Seconds of sampling are the engine's: it shares each of its steps between the rows that are in
+    it, so they add up to the time that passed, also where purposes overlap.
     """
     counted_before = counters.copy()
     driver = Driver(engine)
@@ -45,7 +46,7 @@ def run_programs(programs: list[Generator], engine) -> Sampled:
     while driver.in_flight:
         driver.sample()
         driver.deliver()
-    seconds = driver.seconds_by_purpose()
+    seconds = driver.seconds + engine.seconds
     start = perf_counter()
     mine = Share(driver.results, driver.generated, counters - counted_before)
     merged = merge(gather(mine if engine.reports else Share()))  # --tp: one process of each engine
@@ -103,7 +104,7 @@ class Driver:
         self.waiting: dict[int, list] = {}  # by program: for each request its rollouts, or None yet
         self.in_flight: dict[int, InFlight] = {}  # by ticket: sampled or graded now
         self.seconds = Counter()
-        self.tokens = Counter()  # generated, by purpose
+        engine.seconds.clear()
 
     def start(self, i: int, program: Generator) -> None:
         self.programs[i] = program
@@ -130,7 +131,6 @@ class Driver:
 
     def sample(self) -> None:
         """Samples some requests to their end and grades them; waits if only graders still work."""
-        start = perf_counter()
         finished = []
         if any(flight.rollouts is None for flight in self.in_flight.values()):
             finished = self.engine.finished()
@@ -138,7 +138,6 @@ class Driver:
         for ticket, rollouts in finished:
             flight = self.in_flight[ticket]
             flight.rollouts = rollouts
-            self.tokens[flight.request.purpose] += sum(r.generated for r in rollouts)
             grade(flight)
         all_sampled = all(flight.rollouts is not None for flight in self.in_flight.values())
         none_graded = not any(flight.graded for flight in self.in_flight.values())
@@ -147,7 +146,6 @@ class Driver:
             wait_for(self.in_flight.values(), ALL_COMPLETED)
         elif all_sampled and none_graded:
             wait_for(self.in_flight.values(), FIRST_COMPLETED)
-        self.seconds["sample"] += sampled - start
         self.seconds["grade"] += perf_counter() - sampled
 
     def deliver(self) -> None:
@@ -163,12 +161,6 @@ class Driver:
             for rollouts in answers:
                 self.generated[i] += rollouts
             self.advance(i, answers)
-
-    def seconds_by_purpose(self) -> Counter:
-        seconds = Counter(grade=self.seconds["grade"])
-        for purpose, tokens in self.tokens.items():
-            seconds[purpose] = self.seconds["sample"] * tokens / self.tokens.total()
-        return seconds
 
 
 def check_requests(program: Generator, requests) -> None:

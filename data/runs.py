@@ -37,14 +37,7 @@ from pathlib import Path
 from typing import IO, Iterator
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 
 from data.faults import UserError
 from data.parallel import on_main, processes, rank, whole_weights
@@ -126,16 +119,16 @@ def leave(out_dir: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ writing
 
-# What a full disk or a lost directory raises: Python, safetensors and torch each in their way.
-WRITE_FAULTS = (OSError, SafetensorError, CheckpointException)
+# What a full disk or a lost directory raises. torch.distributed.checkpoint has its own exception.
+WRITE_FAULTS = (OSError, SafetensorError)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, faults: tuple = WRITE_FAULTS) -> Iterator[None]:
     """Turns a write that failed into a UserError."""
     try:
         yield
-    except WRITE_FAULTS as fault:
+    except faults as fault:
         reason = getattr(fault, "strerror", None) or first_line(fault)
         raise UserError(
             f"cannot write {path} ({reason}); what was saved before is whole: mend this and go on"
@@ -189,11 +182,15 @@ def save_checkpoint(
     out_dir: Path, progress: Progress, origin: Origin, model, tokenizer, optimizer
 ) -> None:
     """Writes checkpoints/step_N. Every process must call it."""
+    # Here, not above: a start need not wait for it.
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     folder = out_dir / "checkpoints"
     temporary = folder / f"tmp-step_{progress.step}"
     on_main(make_empty, temporary)
     state = training_state(model, optimizer)
-    with writing(temporary):
+    with writing(temporary, (*WRITE_FAULTS, CheckpointException)):
         dcp.save(state, checkpoint_id=temporary / "state", no_dist=processes() == 1)
     weights = {}
     for name, weight in whole_weights(model):
@@ -241,6 +238,8 @@ def digest_of(content) -> str:
 
 def training_state(model, optimizer) -> dict:
     """Trained parameters and optimizer state, by name; sharded where the model is sharded."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     options = StateDictOptions(ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
@@ -248,6 +247,10 @@ def training_state(model, optimizer) -> dict:
 
 def load_checkpoint(checkpoint: Path, model, optimizer) -> Progress:
     """Puts model and optimizer where they were. Every process must call it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     state = training_state(model, optimizer)
     try:
         dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=processes() == 1)

@@ -2,7 +2,8 @@
 
 The engines are compared with transformers' own `generate`: the same prompts, and the same stops
 (those of the embedded policy). The gradient of an SRPO step is compared with one that does not
-share prompts and reset states between rollouts. With vLLM also: an SRPO step with and without a
+share prompts and reset states between rollouts, and with a plain loop (whole rows, log_softmax and
+gather). With vLLM also: an SRPO step with and without a
 barrier between its phases, and the time of a weight sync. Contenders take turns, so read the
 ratios: machines differ, and so does what else runs on them.
 
@@ -28,6 +29,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +69,7 @@ def open_workload(args) -> Workload:
     with tempfile.TemporaryDirectory() as folder:
         source = args.model
         if args.layers:
-            save_random_policy(folder, args.model, args.layers, args.width)
+            save_random_policy(folder, args.model, args.layers, args.width, args.vocabulary)
             source = folder
         model, tokenizer = load_policy(source)
         context = model.config.max_position_embeddings
@@ -88,11 +90,11 @@ def open_workload(args) -> Workload:
     return Workload(model, tokenizer, engine, tasks, args.samples)
 
 
-def save_random_policy(folder: str, tokenizer_source: str, layers: int, width: int) -> None:
+def save_random_policy(folder, tokenizer_source: str, layers: int, width: int, vocabulary: int):
     """Saves a Llama with random weights and the tokenizer of another policy."""
     _, tokenizer = load_policy(tokenizer_source)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=max(len(tokenizer), vocabulary),
         hidden_size=width,
         intermediate_size=int(2.75 * width),
         num_hidden_layers=layers,
@@ -214,6 +216,33 @@ def never(model) -> bool:
     return False
 
 
+def plain_loop(work: Workload, rollouts: list[Rollout]) -> int:
+    """The same gradient without any of loss.py: whole rows, log_softmax and gather, all at once."""
+    model, pad_id = work.model, work.tokenizer.pad_token_id
+    model.zero_grad()
+    items = [item for item in weigh(rollouts, parse([])) if any(item.weights)]
+    for at in range(0, len(items), 16):
+        rows, weights = [], []
+        for item in items[at : at + 16]:
+            rows.append(torch.tensor(item.rollout.prompt_ids + item.rollout.token_ids))
+            masked = [0.0] * len(item.rollout.prompt_ids)
+            weights.append(torch.tensor(masked + item.weights))
+        ids = pad_sequence(rows, True, pad_id, "left").to(model.device)  # [rows, tokens]
+        real = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+        weights = pad_sequence(weights, True, 0.0, "left").to(model.device)
+        longest = max(len(item.rollout.token_ids) for item in items[at : at + 16])
+        logits = model(
+            ids,
+            attention_mask=real.to(ids.device),
+            position_ids=(real.cumsum(1) - 1).clamp(min=0).to(ids.device),
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        ).logits[:, :-1]
+        logps = logits.log_softmax(-1).gather(2, ids[:, -longest:, None])[..., 0]
+        (-(weights[:, -longest:] * logps).sum()).backward()
+    return sum(item.rollout.generated for item in items)
+
+
 # --------------------------------------------------------------------------------------- measuring
 
 
@@ -231,14 +260,18 @@ class Timings:
         return f"{a} / {b}: {median:.2f} (range {ratios.min():.2f}-{ratios.max():.2f})"
 
 
+# Seconds of this process's cores, so that other work on the machine counts less; of a GPU, of time.
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+
 def take_turns(work: Workload, contenders: dict[str, Callable], repeats: int) -> Timings:
     """Times all contenders and a weight sync, in turns, after one round of warm-up."""
     timings = Timings({name: [] for name in contenders}, [])
     for repeat in range(repeats + 1):
         for name, contender in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             tokens = contender()
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             if repeat > 0:
                 timings.speeds[name].append(tokens / seconds)
         start = time.perf_counter()
@@ -258,10 +291,12 @@ def speed(args) -> None:
         "generate": partial(generate_plainly, work, padded_prompts(work)),
         "gradient of a srpo step": partial(gradient, work, rollouts, share_states=True),
         "gradient, states not shared": partial(gradient, work, rollouts, share_states=False),
+        "gradient, plain loop": partial(plain_loop, work, rollouts),
     }
     pairs = [
         ("hf engine", "generate"),
         ("gradient of a srpo step", "gradient, states not shared"),
+        ("gradient of a srpo step", "gradient, plain loop"),
     ]
     if work.engine.name == "vllm":
         barrier = with_barrier(work.engine)
@@ -297,6 +332,7 @@ def main(argv: list[str]) -> None:
     help = "layers of a random policy to measure instead (0: --model itself)"
     option("--layers", type=int, default=0, help=help)
     option("--width", type=int, default=512, help="width of the random policy, a multiple of 64")
+    option("--vocabulary", type=int, default=0, help="of the random policy (0: the tokenizer's)")
     option("--data", default="chain-12", help="JSON-lines file or chain-K")
     option("--problems", type=int, default=32, help="prompts in the batch")
     option("--samples", type=int, default=8, help="responses of each")

@@ -35,6 +35,7 @@ from loss import (
     token_weights,
     weigh,
 )
+from methods import vineppo
 from rollout import Rollout, grouped, grpo, resets
 
 # --------------------------------------------------------------------------- advantages and weights
@@ -685,6 +686,36 @@ def test_shared_states_of_sliding_windows():
     direction = torch.randn_like(whole)
     g_shared = gradient(model, (shared * direction).sum())
     assert_close(g_shared, gradient(model, (whole * direction).sum()))
+
+
+@pytest.mark.parametrize("program", [grpo, resets, vineppo])
+def test_tokens_in_the_trainer_are_those_of_the_formula(policy, program):
+    """Each prompt or reset state once, and each token that is trained once.
+
+    So nothing is run again for each row: not the prompt, not a prefix.
+    """
+    in_trainer = []
+
+    def note(module, args, kwargs, out):
+        in_trainer.append(int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum()))
+
+    tasks = policy.tasks(4, 4, "verifier", base=4 if program is resets else 8)
+    rollouts = []
+    for buffer in run_programs([program(task) for task in tasks], policy.engine).results:
+        rollouts += buffer
+    set_advantages(rollouts)
+    states = set()  # a reset to the first thought shares the prompt with the base group
+    per_rollout = 0
+    for rollout in rollouts:
+        prompt_ids, prefix = rollout.trained_state()
+        states.add(tuple(prompt_ids + prefix))
+        per_rollout += len(rollout.token_ids) - len(prefix)
+    once = sum(map(len, states))
+    handle = policy.model.base_model.register_forward_hook(note, with_kwargs=True)
+    sums = whole_step(policy, rollouts, micro_batch=1000)
+    handle.remove()
+    assert sum(in_trainer) == once + per_rollout
+    assert sums.tokens == per_rollout
 
 
 def test_the_head_runs_only_on_trained_tokens(policy, step):

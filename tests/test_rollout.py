@@ -5,6 +5,7 @@ plain forwards of the same model.
 """
 
 import copy
+import itertools
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -679,12 +680,26 @@ def test_driver_returns_results_in_order_and_counts_everything(policy):
         assert isinstance(rollout, Rollout) and rollout.reward is not None
 
 
+def test_seconds_are_of_the_rows_that_are_in_a_step(policy, monkeypatch):
+    """One second for each look at the clock: prefill by tokens read, then each token by rows."""
+    clock = itertools.count()
+    monkeypatch.setattr("rollout.perf_counter", lambda: float(next(clock)))
+    long = request_of(purpose="base", max_tokens=6)
+    short = request_of(purpose="localization", prompt_ids=[1, 2, 3], max_tokens=2, temperature=0.0)
+    engine = HFEngine(policy.model, policy.tokenizer)
+    engine.vocabulary.eos = set()  # each runs to its limit
+    engine.sample([long, short])
+    assert engine.seconds["base"] == pytest.approx(1 / 4 + 2 / 2 + 4)
+    assert engine.seconds["localization"] == pytest.approx(3 / 4 + 2 / 2)
+
+
 class Streaming(Engine):
     """An engine that completes one request a call."""
 
     streams = True
 
     def __init__(self):
+        super().__init__()
         self.queue = []
 
     def start(self, request):
