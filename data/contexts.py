@@ -3,12 +3,13 @@
 Training: the rollouts of a base group share their prompt, those of a suffix group their reset
 state. `loss.py` can run each row whole (`hidden_of_rows`, the plain way). This file gives the same
 hidden states, but runs each distinct context once; the gradient reaches it through its keys and
-values. Whole rows take 1.3 times as long on the default step, whose contexts are short.
+values. Whole rows take 1.3 times as long on the default step, whose contexts are short
+(`python -m tests.speed --engine hf`).
 
 Sampling with transformers on a CPU: its own cache copies all keys and values for each new token
 (`RoomyLayer` has room for more), and its attention copies them once for each query head (`attend`
 does not). Without both, one token more takes 1.8 to 3 times as long on the embedded policy, and 1.4
-to 4.6 times on one of 135 M parameters. `python -m tests.speed --engine hf` measures all of it.
+to 4.2 times on one of 135 M parameters.
 
 Left out: state-space and hybrid models, whose layers keep more than keys and values. There loss.py
 runs whole rows, and the sampler transformers' own cache.
