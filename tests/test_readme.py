@@ -35,7 +35,7 @@ def test_the_worked_example_trains(tmp_path):
     trained = [record for record in records if record["group"] is not None]
     assert len(trained) == 24 and len(records) > 24
     assert all(len(r["advantages"]) == len(r["thoughts"]) for r in trained)
-    assert any(len(set(r["advantages"])) > 2 for r in trained)
+    assert any(len(set(r["advantages"])) > 1 for r in trained)
     (line,) = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][1:]
     assert line["trained_tokens"] > 0
 
