@@ -513,7 +513,6 @@ class Parser(argparse.ArgumentParser):
     """Reports a command line that is wrong in one line, like any other fault."""
 
     def error(self, message: str) -> None:
-        message = message.replace("\n", "\\n")  # of an argument
         raise UserError(f"{message}; {self.prog} --help lists what there is")
 
 

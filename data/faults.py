@@ -18,7 +18,13 @@ _lock = threading.Lock()
 
 
 class UserError(Exception):
-    """An error that the user can mend: one line that says what is wrong and what to do."""
+    """An error that the user can mend: one line that says what is wrong and what to do.
+
+    It stays one line where a name or a fault in it holds line breaks.
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().replace("\n", "\\n")
 
 
 def count(fault: str) -> None:

@@ -352,3 +352,9 @@ def test_every_real_record_is_read(tmp_path):
     assert len(solutions) == 400
     assert erroneous[1] == 40  # the file is sorted
     assert abs(erroneous[2] - erroneous[0] / 10) <= 0.5
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert str(UserError("a\nb: no such file")) == "a\\nb: no such file"
+    with pytest.raises(UserError, match=r"^a\\nb: no such data file"):
+        load_problems("a\nb", seed=0)
