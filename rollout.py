@@ -657,7 +657,10 @@ class Decoding:
     def step(self, model, tokens: torch.Tensor) -> None:
         """Runs the model on one more token of each row, tokens [R]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
-        self.positions = self.positions + 1
+        last = model.config.get_text_config().max_position_embeddings - 1
+        self.positions = (self.positions + 1).clamp(
+            max=last
+        )  # rows that are over may be at the end
         out = model(
             input_ids=tokens[:, None],
             attention_mask=self.mask,

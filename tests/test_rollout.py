@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from conftest import Enumerable, Letters, settings
 from data.contexts import keep_rows, sampling_cache
@@ -269,6 +275,18 @@ def test_thoughts_are_the_text_that_was_graded(policy):
     assert " ." in policy.tokenizer.decode(ids)
     rollout = Rollout(0, "base", ids, ids, [0.0] * len(ids), [len(ids)], "eos")
     assert rollout.thoughts(tokenizer) == [task.vocabulary.decode(ids)]
+
+
+def test_a_finished_row_that_stays_takes_no_position_beyond_the_model(policy):
+    """Learned positions end with the context: a row that is over must not ask for the next one."""
+    config = GPT2Config(
+        vocab_size=len(policy.tokenizer), n_positions=16, n_embd=32, n_layer=1, n_head=1
+    )
+    engine = HFEngine(GPT2LMHeadModel(config), policy.tokenizer)
+    long = request_of(prompt_ids=[1] * 12, n=1, max_tokens=4)
+    short = request_of(prompt_ids=[1] * 2, n=9, max_tokens=14)
+    (first,), others = engine.sample([long, short])
+    assert len(first.token_ids) <= 4 and max(len(r.token_ids) for r in others) > 4
 
 
 # ----------------------------------------------------------------------------------------- unbiased
