@@ -361,7 +361,7 @@ def test_the_best_refinement_joins_the_base_group_off_policy(talker):
         assert item.context == tuple(tasks[item.rollout.group[0]].prompt_ids)
         assert all(item.trained)
     n_tokens = sum(len(rollout.token_ids) for rollout in refinements)
-    assert collate(items, talker.tokenizer.pad_token_id).off_policy.sum() == n_tokens
+    assert collate(items, talker.tokenizer.pad_token_id).chosen.off_policy.sum() == n_tokens
     sums = backward(talker.model, items, talker.tokenizer.pad_token_id, settings(**BY_ROLLOUT))
     assert sums.off_policy_tokens == n_tokens
     assert sums.gap_max < 1e-4  # sampler and trainer agree on all the others
