@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in srpo.py, before torch is loaded
+if "OMP_WAIT_POLICY" not in os.environ:  # as in srpo.py, before torch is loaded
+    os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="2000")
 
 import numpy as np
 from tqdm import tqdm

@@ -398,10 +398,10 @@ def locate(task: Task, seeds: list[Rollout]) -> Generator:
 def walk(task: Task) -> Program:
     """The walk (ours): from a failure to a success by resets; the success joins the base group.
 
-    For prompts whose base group teaches nothing. The idea builds on the iterated corrections of the
-    authors' release (tests/methods.py); here only flat groups are walked from, and of a walk only
-    the success is trained, as a whole response of the prompt and without an importance weight.
-    Partial rewards: a walk starts where all rewards are alike, and ends at --correct.
+    The idea builds on the iterated corrections of the authors' release (tests/methods.py). Here
+    only flat groups are walked from, and of a walk's continuations only the success is trained, as
+    a whole response of the prompt and without an importance weight. Partial rewards: a walk starts
+    where all are alike and below --correct, and ends at --correct.
     """
     cfg = task.cfg
     (base,) = yield [task.request("base", cfg.base)]

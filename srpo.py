@@ -37,9 +37,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Callable, ClassVar, Literal, Optional
 
-# Before torch loads OpenMP: threads that wait for each other sleep. By default they spin, and where
-# another program wants the same cores a step takes ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch loads OpenMP: threads that wait for each other spin shortly, then sleep. By default
+# they spin on, and where another program wants the same cores a step takes ten times as long.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="2000")
 
 import numpy as np
 import torch

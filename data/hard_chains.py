@@ -4,10 +4,10 @@
 for the policy in data/policy. That probability is computed, not counted, so chance selects nothing.
 (For a set of what another model does not solve, see `eval.py benchmark`.)
 
-To look at a whole response takes milliseconds, and few chains are hard. So the probabilities of its
-steps, each measured as the first step of another chain, first tell which chains are worth a look.
+Scoring a whole response takes milliseconds, and few chains are hard. So each step is first scored
+as the first step of another chain; only chains whose product is low are scored as a whole.
 
-Left out: chains whose steps look easier one by one than the whole response is. They are not found.
+Left out: hard chains whose product is not low.
 
 Try it alone:  python -m data.hard_chains 12 4e-4    # how many, and a histogram
 """

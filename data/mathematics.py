@@ -16,7 +16,7 @@ Limits, of the library and of these steps:
   - `(1, 2)` is the pair and also the open interval.
   - A decimal equals a number with the same six significant digits: 1/3 equals 0.333333.
   - Units are compared, not converted: `3 cm` is not `30 mm`. A unit that is not in UNITS counts for
-    nothing, and a single letter that is not in \text is a variable: `5 m` is not 5. Degrees are no
+    nothing, and a single letter that is not in \text is a variable: `5 m` is not 5. Degrees are not
     radians, and `5 million` is not 5000000.
   - Bases are compared, not computed: `100_2` is not 4. One in words is not read.
   - Inequalities that are joined by "or" are no union of intervals.

@@ -2,10 +2,10 @@
 
 A program runs in namespaces of its own that bubblewrap (`bwrap`) makes: it sees no other process,
 no network, no shared memory, no device, and no file but Python's own and the system's libraries.
-Nothing there can be written; the environment is new. Nothing outlives this process: bubblewrap dies
-with its parent, and all that is inside with bubblewrap. What namespaces do not limit (CPU time,
-memory, output, new processes, system calls that take memory which no limit counts) a program's
-process gives up itself, before it starts: see data/inside.py.
+Nothing there can be written; environment variables are new. Nothing outlives this process:
+bubblewrap dies with its parent, and all that is inside with bubblewrap. What namespaces do not
+limit (CPU time, memory, output, new processes, system calls that take memory which no limit counts)
+a program's process gives up itself, before it starts: see data/inside.py.
 
 A machine where this does not work runs no programs at all, and `isolation` says why in one line:
   - no bubblewrap or no libseccomp: `apt-get install bubblewrap libseccomp2`

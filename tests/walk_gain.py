@@ -1,9 +1,9 @@
 """What the walk gains by: the weight that it gives a prompt, or the successes that it finds?
 
 With enough rounds and an exact localizer the walk ascends log P of each prompt's pass rate P
-(tests/test_walk.py): hard prompts weigh 1/P, where GRPO's weight is bounded. And it has a success
-for nearly every prompt, where a group of GRPO mostly has none. This file takes the two apart, on
-policies small enough to simulate: one logit for each fact, problems of STEPS facts, no luck.
+(tests/test_walk.py): hard prompts weigh 1/P, where GRPO's weight is bounded. And it finds a success
+for most prompts, where a group of GRPO mostly has none. This file takes the two apart, on policies
+small enough to simulate: one logit for each fact, problems of STEPS facts, no luck.
 
     sampling  GRPO's groups of 8, or the walk's (4, doubled where they differ, walked from if wrong)
     weight    c(P) of GRPO or of the walk: advantages of a prompt are multiplied by the ratio of
