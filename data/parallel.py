@@ -17,6 +17,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from types import MethodType
 from typing import Callable, Iterator
@@ -101,6 +102,7 @@ def disconnect() -> None:
     """
     if dist.is_initialized() and "vllm" not in sys.modules:
         barrier()
+        time.sleep(0.5)  # others may still be in the barrier; gloo aborts where a partner is gone
         dist.destroy_process_group()
 
 
