@@ -218,7 +218,7 @@ def serve(message: dict, given: None, result: int) -> None:
         args, keywords = decode(json.loads(line))
         try:
             answer = {"value": function(*args, **keywords)}
-        except Exception as fault:
+        except Exception as fault:  # whatever the program raises is its answer to the judge
             answer = {"raised": builtin_name(fault), "text": str(fault)[:1000]}
         answers.write(json.dumps(encode(answer)) + "\n")
         answers.flush()

@@ -102,7 +102,8 @@ def disconnect() -> None:
     """
     if dist.is_initialized() and "vllm" not in sys.modules:
         barrier()
-        time.sleep(0.5)  # others may still be in the barrier; gloo aborts where a partner is gone
+        # Some processes abort here, seldom and under load. A guess: others are still in the barrier.
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 

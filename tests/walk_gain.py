@@ -13,7 +13,7 @@ Same weight, other sampling: the expected gradient stays, its noise changes.
 
 Left out: shared weights (all facts are learned apart), and a localizer that errs.
 
-Try it alone:  python -m tests.walk_gain    # a minute of one core; prints the table
+Try it alone:  python -m tests.walk_gain    # half a minute of one core; prints the table
 """
 
 import argparse
