@@ -102,7 +102,7 @@ def disconnect() -> None:
     """
     if dist.is_initialized() and "vllm" not in sys.modules:
         barrier()
-        # Some processes abort here, seldom and under load. A guess: others are still in the barrier.
+        # Some processes abort here, seldom, under load. A guess: others are still in the barrier.
         time.sleep(0.5)
         dist.destroy_process_group()
 
