@@ -82,7 +82,8 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
         "zero_variance_base": share_of_alike(first_draws),
         "zero_variance_suffix": share_of_alike(suffix_groups),
         "flat_groups": mean([is_flat(members) for members in groups]),
-        **reset_metrics(suffix_groups, tasks),
+        # One continuation of a walk is a reset, too.
+        **reset_metrics(suffix_groups + [[r] for r in generated if r.purpose == "walk"], tasks),
         "walk": walk_metrics(generated),
         "tokens": dict(tokens),
         "verifier_calls": sum(rollout.reward is not None for rollout in generated),
@@ -111,19 +112,23 @@ def is_reset(members: list[Rollout]) -> bool:
     return all(r.seed is not None and r.trained_from is None for r in members)
 
 
-def reset_metrics(suffix_groups: list[list[Rollout]], tasks: list[Task]) -> dict:
-    """Where a step resets. A step checker tells how often rightly; training never sees this."""
+def reset_metrics(continued: list[list[Rollout]], tasks: list[Task]) -> dict:
+    """Where a step resets. A step checker tells how often rightly; training never sees this.
+
+    continued: the continuations of each reset state.
+    """
     # A prefix is clean if h* is at or before the truth: it holds no wrong thought.
     exact, clean_groups, erroneous_groups = [], [], []
-    for members in suffix_groups:
+    task_of = {task.problem.index: task for task in tasks}
+    for members in continued:
         first = members[0]
-        truth = tasks[first.group[0]].first_wrong(first.seed)  # a slot is a place in `tasks`
+        truth = task_of[first.problem].first_wrong(first.seed)
         if truth is None:
             continue
         exact.append(first.reset == truth)
         judged_groups = clean_groups if first.reset <= truth else erroneous_groups
         judged_groups.append(members)
-    firsts = [members[0] for members in suffix_groups]
+    firsts = [members[0] for members in continued]
     return {
         "pass_suffix_clean": mean_reward(clean_groups),
         "pass_suffix_erroneous": mean_reward(erroneous_groups),
