@@ -22,12 +22,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data.curves import Interval, evaluations, final, markdown, purposes_of
+from data.curves import Interval, evaluations, final, markdown, purposes_of, pyplot
 from data.faults import UserError
 from data.runs import Run, read_run
 
@@ -378,13 +379,300 @@ def t_interval(values: list[float]) -> Interval:
     return Interval(values.mean(), values.mean() - half, values.mean() + half)
 
 
-# ---------------------------------------------------------------------------------- command line
+def in_words(measured: Interval, digits: int = 3) -> str:
+    """`0.582 (0.558 to 0.606)`."""
+    value, low, high = (f"{x:.{digits}f}" for x in measured)
+    return value if low == "nan" else f"{value} ({low} to {high})"
+
+
+@dataclass
+class Reach:
+    """When a run reached the target. Where it did not: its whole cost, a lower bound."""
+
+    reached: bool
+    steps: float
+    tokens: float  # generated
+
+
+def reach(result: Result, target: float = TARGET) -> Reach:
+    """Linear between evaluations."""
+    for (step0, tokens0, rate0), (step1, tokens1, rate1) in pairwise(result.curve):
+        if rate0 < target <= rate1:
+            part = (target - rate0) / (rate1 - rate0)
+            steps = step0 + part * (step1 - step0)
+            return Reach(True, steps, tokens0 + part * (tokens1 - tokens0))
+    return Reach(False, *result.curve[-1][:2])
+
+
+def rate_at(result: Result, tokens: float) -> float:
+    """The held-out pass rate when so many tokens are generated, linear between evaluations."""
+    curve = np.array(result.curve)
+    return float(np.interp(tokens, curve[:, 1], curve[:, 2]))
+
+
+@dataclass
+class Saving:
+    """How many times as much the second arm spends until the target."""
+
+    ratio: Interval  # geometric mean over seeds
+    bound: str  # ">" if a run of the second never got there, "<" of the first, "?" of both, or ""
+
+    def __str__(self) -> str:
+        if self.bound == "?":
+            return "-"
+        if self.bound:
+            return f"{self.bound} {self.ratio.value:.2f}"
+        return in_words(self.ratio, 2)
+
+
+@dataclass
+class Pair:
+    """Two arms on one set, compared seed by seed."""
+
+    first: list[Result]
+    second: list[Result]
+
+    def matched(self) -> list[tuple[Result, Result]]:
+        """The two runs of each seed that both have."""
+        second = {result.seed: result for result in self.second}
+        return [(a, second[a.seed]) for a in self.first if a.seed in second]
+
+    def difference(self) -> Interval:
+        """Pass rate of the first minus that of the second."""
+        return t_interval([a.pass_rate - b.pass_rate for a, b in self.matched()])
+
+    def at_equal_tokens(self) -> Interval:
+        """The same along training, where the arm that spent less has ended."""
+        differences = []
+        for a, b in self.matched():
+            tokens = min(a.curve[-1][1], b.curve[-1][1])
+            differences.append(rate_at(a, tokens) - rate_at(b, tokens))
+        return t_interval(differences)
+
+    def saving(self, what: str) -> Saving:
+        """what: steps or tokens, a field of Reach."""
+        logs = []
+        first_missed = second_missed = False
+        for a, b in self.matched():
+            ours, theirs = reach(a), reach(b)
+            first_missed |= not ours.reached
+            second_missed |= not theirs.reached
+            logs.append(np.log(getattr(theirs, what) / getattr(ours, what)))
+        ratio = Interval(*np.exp(t_interval(logs)))
+        if first_missed and second_missed:
+            return Saving(ratio, "?")
+        if second_missed:
+            return Saving(ratio, ">")
+        return Saving(ratio, "<" if first_missed else "")
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def on_set(results: list[Result], data: str) -> dict[str, list[Result]]:
+    """The runs that count on one set of problems, by arm, in the order of ARMS."""
+    named = {}
+    for arm in ARMS:
+        mine = [r for r in results if r.arm == arm and r.data == data]
+        mine = [r for r in mine if not r.slice.startswith("sweep")]
+        if mine:
+            named[arm] = sorted(mine, key=lambda result: result.seed)
+    return named
+
+
+def sweep_rows(results: list[Result]) -> list[dict]:
+    """Mean pass rate at the end of the sweep by arm and rate; the chosen one is marked."""
+    rows = []
+    rates = sorted({r.lr for r in results if r.slice.startswith("sweep")})
+    for arm in ARMS:
+        mine = swept(arm, results)
+        if not mine:
+            continue
+        best = max(mine, key=lambda rate: np.mean(mine[rate]))
+        row = {f"pass rate after {SLICES['sweep'].steps} steps": arm}
+        for rate in rates:
+            row[f"{rate:g}"] = ""
+            if rate in mine:
+                mark = "**" if rate == best else ""
+                row[f"{rate:g}"] = f"{mark}{np.mean(mine[rate]):.3f}{mark}"
+        rows.append(row)
+    return rows
+
+
+def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
+    """What each arm reaches, beside GRPO."""
+    rows = []
+    grpo = named.get("grpo", [])
+    for arm, mine in named.items():
+        pair = Pair(mine, grpo)
+        reached = len([result for result in mine if reach(result).reached])
+        beside = bool(pair.matched()) and arm != "grpo"
+        rows.append(
+            {
+                "arm": f"{arm}, {len(mine)} seeds, {mine[0].steps} steps, {mine[0].lr:g}",
+                "pass@1 (95%)": in_words(t_interval([r.pass_rate for r in mine])),
+                "pass@8": f"{np.mean([r.pass_at_8 for r in mine]):.3f}",
+                "minus grpo's": in_words(pair.difference()) if beside else "",
+                "at equal tokens": in_words(pair.at_equal_tokens()) if beside else "",
+                f"reached {TARGET}": f"{reached} of {len(mine)}",
+                "grpo's steps / its": str(pair.saving("steps")) if beside else "",
+                "grpo's tokens / its": str(pair.saving("tokens")) if beside else "",
+            }
+        )
+    return rows
+
+
+def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
+    """What each arm spends, and how it goes: means over seeds."""
+    rows = []
+    for arm, mine in named.items():
+        cpu = [r.cpu_seconds for r in mine if r.cpu_seconds is not None]
+        walks = np.mean([r.walks for r in mine], axis=0)  # [2 ends, found and failed]
+        rows.append(
+            {
+                "arm": arm,
+                "M generated": f"{np.mean([sum(r.tokens.values()) for r in mine]) / 1e6:.2f}",
+                "M trained": f"{np.mean([r.trained_tokens for r in mine]) / 1e6:.2f}",
+                "verifier calls": f"{np.mean([r.verifier_calls for r in mine]):,.0f}",
+                "CPU s": f"{np.mean(cpu):.0f}" if cpu else "",
+                "flat groups": both_ends([r.flat_groups for r in mine]),
+                "entropy, nats": both_ends([r.entropy for r in mine]),
+                "exact h*": both_ends([r.exact for r in mine]),
+                "walks that found": " to ".join(share_found(end) for end in walks),
+            }
+        )
+    return rows
+
+
+def both_ends(values: list[list[float | None]]) -> str:
+    """`0.72 to 0.09`: means over seeds of the first and of the last ten steps."""
+    known = [pair for pair in values if None not in pair]
+    if not known:
+        return ""
+    first, last = np.mean(known, axis=0)
+    return f"{first:.2f} to {last:.2f}"
+
+
+def share_found(end: np.ndarray) -> str:
+    found, failed = end
+    return f"{found / (found + failed):.2f}" if found + failed else "none"
 
 
 def command_tables(args) -> None:
-    """Prints what the finished runs say."""
+    """Prints what the finished runs say, and draws the picture of three arms."""
     results = read_results(args.lines)
-    print(markdown([{"runs": len(results)}]))
+    if not results:
+        raise UserError(f"{args.lines}: holds no run yet; python -m tests.study run sweep")
+    print(f"{len(results)} runs, commits {', '.join(sorted({r.commit for r in results}))}\n")
+    print(markdown(sweep_rows(results)), "\n")
+    sets = list(dict.fromkeys(part.data for part in SLICES.values()))
+    for data in sets:
+        named = on_set(results, data)
+        if named:
+            print(f"### {data}\n\n{markdown(outcome_rows(named))}\n")
+            print(markdown(cost_rows(named)), "\n")
+    claims = claim_rows(on_set(results, "chain-12"))
+    if claims:
+        print(markdown(claims))
+    if args.picture:
+        draw(results, args.picture)
+
+
+# ---------------------------------------------------------------------------------------- claims
+
+
+@dataclass
+class Claim:
+    """A statement about two arms: a measured number lies between low and high."""
+
+    text: str
+    first: str
+    second: str
+    saved: str = ""  # steps or tokens until the target; "": the difference of pass rates
+    low: float = 0.0
+    high: float = np.inf
+
+
+CLAIMS = [
+    Claim("SRPO ends above RRPO", "srpo", "rrpo"),
+    Claim("SRPO ends above GRPO", "srpo", "grpo"),
+    Claim("RRPO ends within 0.05 of GRPO", "rrpo", "grpo", low=-0.05, high=0.05),
+    Claim("SRPO needs half of GRPO's steps or fewer (times)", "srpo", "grpo", "steps", low=2),
+    Claim("... and half of its tokens (times)", "srpo", "grpo", "tokens", low=2),
+    Claim("1x4 ends above 2x4", "srpo", "srpo 2x4"),
+    Claim("1x4 ends above 1x8", "srpo", "srpo 1x8"),
+    Claim("masking the prefix helps", "srpo", "srpo unmasked"),
+    Claim("ours: the exact localizer helps", "srpo exact", "srpo"),
+    Claim("ours: SRPO ends above GRPO, both clipped", "srpo clipped twice", "grpo clipped twice"),
+    Claim("ours: the walk ends above GRPO", "walk", "grpo"),
+]
+
+
+def claim_rows(named: dict[str, list[Result]]) -> list[dict]:
+    """Each claim whose two arms were run, with its number and the verdict."""
+    rows = []
+    for claim in CLAIMS:
+        pair = Pair(named.get(claim.first, []), named.get(claim.second, []))
+        if not pair.matched():
+            continue
+        if claim.saved:
+            saving = pair.saving(claim.saved)
+            number, judged = str(saving), verdict(saving.ratio, claim, saving.bound)
+        else:
+            number, judged = in_words(pair.difference()), verdict(pair.difference(), claim)
+        rows.append({"claim": claim.text, "measured (95%)": number, "verdict": judged})
+    return rows
+
+
+def verdict(measured: Interval, claim: Claim, bound: str = "") -> str:
+    """Whether the interval lies inside the claim's bounds, outside, or across one of them.
+
+    bound: ">" if the number is a lower bound, which cannot refute a claim of at least `low`; "<" if
+    it is an upper one, which cannot support it.
+    """
+    inside = claim.low < measured.low and measured.high < claim.high
+    outside = measured.high < claim.low or measured.low > claim.high
+    if inside and bound in ("", ">"):
+        return "seen here"
+    if outside and bound in ("", "<"):
+        return "not so here"
+    return "undecided"  # also for one seed, whose interval is nan
+
+
+# --------------------------------------------------------------------------------------- picture
+
+DRAWN = {"grpo": "#4d4d4d", "srpo": "#d95f02", "walk": "#1b7837"}
+PANELS = {HARD: "hard set: untrained pass rate below 0.0004", "chain-12": "default set"}
+
+
+def draw(results: list[Result], out: Path) -> None:
+    """Held-out pass rate by generated tokens on the hard and the default set, with 95% bands."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, (data, title) in zip(axes, PANELS.items()):
+        named = on_set(results, data)
+        for arm, color in DRAWN.items():
+            if arm in named:
+                draw_arm(axis, named[arm], arm, color)
+        axis.set(title=title, xlabel="million generated tokens, of all kinds")
+        axis.grid(alpha=0.3)
+        if set(named) & set(DRAWN):
+            axis.legend(loc="upper left")
+    axes[0].set_ylabel("held-out pass rate")
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def draw_arm(axis, mine: list[Result], label: str, color: str) -> None:
+    curves = np.array([result.curve for result in mine])  # [seeds, evaluations, 3]
+    x = curves[:, :, 1].mean(0) / 1e6
+    bands = [t_interval(rates) for rates in curves[:, :, 2].T]
+    axis.plot(x, [band.value for band in bands], color=color, label=label)
+    low, high = [band.low for band in bands], [band.high for band in bands]
+    axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+# ---------------------------------------------------------------------------------- command line
 
 
 def main(argv: list[str]) -> None:
@@ -400,6 +688,7 @@ def main(argv: list[str]) -> None:
     run.add_argument("--benchmark_problems", type=int, default=BENCHMARK, help="of each run")
     tables = commands.add_parser("tables", help=command_tables.__doc__)
     tables.set_defaults(command=command_tables)
+    tables.add_argument("--picture", type=Path, help="where to draw GRPO, SRPO and the walk")
     args = parser.parse_args(argv)
     args.command(args)
 

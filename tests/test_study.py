@@ -1,97 +1,204 @@
-"""The study: its statistics on made numbers, its commands on small sizes with real runs."""
+"""The study: its arms, its statistics on made numbers, and a real run."""
 
-import dataclasses
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
+from sgd import FixedLength
 from test_eval import make_run
 
-import loss
 import study
+from conftest import ROOT
 from data import curves, runs
 from data.driver import run_programs
 from data.faults import UserError
-from rollout import grpo
+from data.programs import load_program, trained_rollouts
 from srpo import parse
 
+MADE = study.Result(
+    slice="default",
+    arm="grpo",
+    data="chain-12",
+    seed=0,
+    steps=20,
+    lr=5e-4,
+    commit="0",
+    date="2026-11-24",
+    cpu_seconds=1.0,
+    curve=[[0, 0, 0.0], [10, 100, 0.2], [20, 200, 0.4]],
+    pass_rate=0.4,
+    pass_at_8=0.8,
+    tokens={"base": 200},
+    trained_tokens=100,
+    verifier_calls=10,
+    seconds={"base": 1.0},
+    flat_groups=[0.5, 0.1],
+    entropy=[0.1, 0.05],
+    exact=[None, None],
+    clean=[None, None],
+    right_after_clean=None,
+    right_after_erroneous=None,
+    walks=[[0, 0], [0, 0]],
+)
 
-def test_variants_are_different_settings_of_one_size():
+
+def made(arm: str, rates: list[float], **changes) -> list[study.Result]:
+    """Runs of one arm that end at these pass rates: one for each seed."""
+    results = []
+    for seed, rate in enumerate(rates):
+        curve = [[0, 0, 0.0], [10, 100, rate / 2], [20, 200, rate]]
+        changes |= {"arm": arm, "seed": seed, "pass_rate": rate, "curve": curve}
+        results.append(replace(MADE, **changes))
+    return results
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+def test_arms_are_different_settings():
     seen = []
-    for name, flags in study.STUDY.items():
-        cfg = parse(flags.split())
-        assert cfg.base + cfg.prefixes * cfg.suffixes == 8, name
-        assert cfg not in seen, name
-        seen.append(cfg)
+    for name, arm in study.ARMS.items():
+        cfg = parse(arm.flags.split())
+        assert (arm.script, cfg) not in seen, name
+        seen.append((arm.script, cfg))
+        assert arm.rate_of is None or arm.rate_of in study.ARMS
 
 
-def test_claims_and_panels_name_variants_that_exist():
-    outcome_fields = [field.name for field in dataclasses.fields(study.Outcome)]
+def test_slices_name_arms_that_a_sweep_covers():
+    swept = set()
+    for name, part in study.SLICES.items():
+        assert set(part.arms) <= set(study.ARMS), name
+        if name.startswith("sweep"):
+            swept |= set(part.arms)
+    for name, part in study.SLICES.items():
+        for arm in part.arms:
+            assert (study.ARMS[arm].rate_of or arm) in swept, (name, arm)
     for claim in study.CLAIMS:
-        assert claim.first in study.STUDY and claim.second in study.STUDY
-        assert claim.measure in outcome_fields
-        assert claim.second_measure is None or claim.second_measure in outcome_fields
-    for panel in study.PANELS:
-        for curve in panel.curves:
-            assert curve.variant in study.STUDY
-    assert set(study.SIGNAL_VARIANTS + study.DRAWN_VARIANTS) <= set(study.STUDY)
-    assert {study.tuned_variant(name) for name in study.STUDY} <= set(study.STUDY)
+        assert claim.first in study.ARMS and claim.second in study.ARMS
 
 
-def test_interval_covers_as_often_as_it_says():
+def test_the_plan_names_every_slice_in_its_order():
+    plan = (ROOT / "tests" / "study.md").read_text()
+    places = [
+        plan.index(name, plan.index("## Order")) for name in ("hard,", "controls-hard", "sgd")
+    ]
+    assert places == sorted(places)
+    assert f"pass rate of the last checkpoint ({study.BENCHMARK} held-out problems x 8" in plan
+
+
+# -------------------------------------------------------------------------------------- controls
+
+
+@pytest.mark.parametrize(
+    "name", ["walk_half", "success_alone", "true_solution", "chained_groups", "more_samples"]
+)
+def test_a_control_trains_what_it_says(policy, name):
+    """On problems that the policy seldom solves, with everything that a control may need."""
+    program = load_program(f"tests/arms.py:{name}")
+    tasks = policy.tasks(6, 8, base=4, rounds=8, localize_fallback="random")
+    sampled = run_programs([program(task) for task in tasks], policy.engine)
+    rollouts = trained_rollouts(name, sampled)
+    for task, mine in zip(tasks, sampled.results):
+        base = [r for r in mine if r.purpose == "base"]
+        others = [r for r in mine if r.purpose != "base"]
+        assert len(base) == 4
+        if not all(task.failed(rollout) for rollout in base):
+            assert {rollout.purpose for rollout in others} <= {"more"}
+            continue
+        if name in ("walk_half", "success_alone"):
+            assert all(r.reward == 1 and r.trained_from == 0 for r in others) and len(others) <= 1
+        if name == "success_alone" and others:
+            assert others[0].advantages[0] == pytest.approx(2)  # of 1, 0, 0, 0, 0
+            assert all(not any(r.advantages) for r in base)
+        if name == "true_solution":
+            (truth,) = others
+            assert truth.reward == 1 and truth.trained_from == 0
+            assert task.first_wrong(truth) is None
+        if name == "chained_groups":
+            assert len(others) % 4 == 0 and all(r.trained_from is None for r in others)
+            assert all(task.failed(r) for r in others[:-4])  # a success ends it
+        if name == "more_samples":
+            assert all(task.failed(r) for r in others[:-1]) and len(others) <= 8
+    assert any(r.reward == 1 for r in rollouts)
+
+
+def test_half_of_the_resets_are_at_random(policy):
+    program = load_program("tests/arms.py:walk_half")
+    tasks = policy.tasks(8, 16, base=4, rounds=8, localize_fallback="random")
+    generated = run_programs([program(task) for task in tasks], policy.engine).generated
+    hows = [rollout.localized for rollout in generated if rollout.purpose == "walk"]
+    at_random = hows.count("random") / len(hows)
+    assert len(hows) > 40 and 0.25 < at_random < 0.75
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def test_intervals_cover_as_often_as_they_say():
     rng = np.random.default_rng(0)
-    hits = []
+    hits = {"t": [], "bootstrap": []}
+    for _ in range(400):
+        _, low, high = study.t_interval(rng.normal(3.0, 1.0, 5))
+        hits["t"].append(low <= 3.0 <= high)
     for _ in range(200):
-        mean, low, high = curves.interval(rng.normal(3.0, 1.0, 20), resamples=400)
-        assert low <= mean <= high
-        hits.append(low <= 3.0 <= high)
-    assert 0.88 <= np.mean(hits) <= 0.99
+        _, low, high = curves.interval(rng.normal(3.0, 1.0, 20), resamples=400)
+        hits["bootstrap"].append(low <= 3.0 <= high)
+    assert 0.92 <= np.mean(hits["t"]) <= 0.98
+    assert 0.88 <= np.mean(hits["bootstrap"]) <= 0.99
 
 
 def test_pairing_removes_what_seeds_share():
-    seeds = np.arange(8.0)
-    together = study.estimate(np.stack([seeds + 0.1, seeds], 1), study.difference)
-    assert together.value == pytest.approx(0.1)
-    assert (together.low, together.high) == pytest.approx((0.1, 0.1))
+    pair = study.Pair(made("walk", [0.5, 0.6, 0.9]), made("grpo", [0.4, 0.5, 0.8]))
+    assert pair.difference() == pytest.approx((0.1, 0.1, 0.1))
 
 
-def test_claims(tmp_path):
-    """SRPO reaches 0.5 in half the steps, RRPO equals GRPO, and the verifier's seeds disagree."""
-    named = {"grpo": [], "rrpo 1x4": [], "srpo 1x4": [], "srpo 1x4 verifier": []}
-    for seed in range(4):
-        disagreeing = 0.8 + 0.1 * (-1) ** seed
-        rates = {
-            "grpo": (0.0, 0.1, 0.2, 0.3, 0.6),
-            "rrpo 1x4": (0.0, 0.1, 0.2, 0.3, 0.61),
-            "srpo 1x4": (0.0, 0.6, 0.7, 0.8, 0.8),
-            "srpo 1x4 verifier": (0.0, 0.6, 0.7, 0.8, disagreeing),
-        }
-        for name, members in named.items():
-            folder = make_run(tmp_path / f"{name}-{seed}", seed, rates[name])
-            members.append(runs.read_run(folder))
-    outcomes = {}
-    for name, members in named.items():
-        outcomes[name] = [study.outcome(run, 0.5) for run in members]
-    finals = [outcomes[name][0].final for name in ("grpo", "rrpo 1x4", "srpo 1x4")]
-    assert finals == [0.6, 0.61, 0.8]
+def test_reach_is_linear_between_evaluations_and_a_lower_bound():
+    reach = study.reach(MADE, target=0.3)
+    assert (reach.reached, reach.steps, reach.tokens) == (True, 15, 150)
+    reach = study.reach(MADE, target=0.9)
+    assert (reach.reached, reach.steps, reach.tokens) == (False, 20, 200)
 
-    verdicts = {}
-    for row in study.claim_rows(outcomes, 0.5):
-        verdicts[row["claim"]] = row["verdict"]
-    assert verdicts["SRPO ends above RRPO"] == "reproduced"
-    assert verdicts["SRPO ends above GRPO"] == "reproduced"
-    assert verdicts["RRPO ends about where GRPO does (within 0.05)"] == "reproduced"
-    assert verdicts["SRPO reaches 0.5 in half the steps of GRPO or fewer (ratio)"] == "reproduced"
-    assert verdicts["ours: the exact localizer ends above the policy's own"] == "unclear"
-    assert "1x4 ends above 2x4" not in verdicts  # 2x4 was not run
 
-    rows = study.against_grpo_rows(outcomes, 0.5)
-    (row,) = [row for row in rows if row["against grpo, 95% interval"] == "srpo 1x4"]
-    assert row["final pass rate, difference"] == "0.200 (0.200 to 0.200)"
-    grpo_steps = curves.first_reach(named["grpo"][0].lines, 0.5, "step")
-    srpo_steps = curves.first_reach(named["srpo 1x4"][0].lines, 0.5, "step")
-    times = f"{grpo_steps / srpo_steps:.3f}"
-    assert row["steps to 0.5: grpo / it"] == f"{times} ({times} to {times})"
-    assert row["seeds that reached 0.5"] == "4 of 4"
+def test_savings_are_bounds_where_a_run_never_gets_there():
+    fast, slow = made("walk", [0.8, 0.8]), made("grpo", [0.4, 0.4])
+    never = made("grpo", [0.4, 0.1])
+    assert str(study.Pair(fast, slow).saving("tokens")) == "2.00 (2.00 to 2.00)"
+    assert str(study.Pair(fast, never).saving("tokens")).startswith("> ")
+    assert str(study.Pair(never, fast).saving("tokens")).startswith("< ")
+    assert str(study.Pair(never, never).saving("tokens")) == "-"
+
+
+def test_claims():
+    named = {
+        "grpo": made("grpo", [0.4, 0.41, 0.4]),
+        "rrpo": made("rrpo", [0.4, 0.4, 0.41]),
+        "srpo": made("srpo", [0.3, 0.31, 0.3]),
+        "srpo 2x4": made("srpo 2x4", [0.1, 0.5, 0.3]),
+    }
+    verdicts = {row["claim"]: row["verdict"] for row in study.claim_rows(named)}
+    assert verdicts["SRPO ends above GRPO"] == "not so here"
+    assert verdicts["RRPO ends within 0.05 of GRPO"] == "seen here"
+    assert verdicts["1x4 ends above 2x4"] == "undecided"
+    assert "1x4 ends above 1x8" not in verdicts  # 1x8 was not run
+
+
+def test_sweep_extends_its_grid_until_the_best_is_inside():
+    def with_rates(rates: dict[float, float]) -> list[study.Result]:
+        results = []
+        for lr, rate in rates.items():
+            results += made("grpo", [rate, rate], slice="sweep", lr=lr)
+        return results
+
+    inside = with_rates({2.5e-4: 0.1, 5e-4: 0.3, 1e-3: 0.2})
+    assert study.grid_of("grpo", inside) == study.GRID
+    assert study.best_rate("grpo", inside) == 5e-4 == study.best_rate("grpo", inside)
+    edge = with_rates({2.5e-4: 0.1, 5e-4: 0.2, 1e-3: 0.3})
+    assert study.grid_of("grpo", edge) == [*study.GRID, 2e-3]
+    with pytest.raises(UserError, match="sweep of grpo is not complete"):
+        study.best_rate("grpo", edge)
+    assert study.best_rate("grpo", edge + with_rates({2e-3: 0.2})) == 1e-3
 
 
 def test_costs_are_summed_over_phases(tmp_path):
@@ -101,84 +208,48 @@ def test_costs_are_summed_over_phases(tmp_path):
     assert "| srpo 1x4 | 4.00 | 1.00 | 3.00 |" in table
 
 
-COMMON = (
-    "--data chain-2 --steps 2 --eval_every 1 --prompts_per_step 4 --grid 0.001 --target 0.9 "
-    "--jobs 2 --benchmark_problems 16"
-)
+# ------------------------------------------------------------------------------------- commands
 
 
-def test_study_trains_goes_on_and_concludes(tmp_path, capsys):
-    """Two real runs; the same command again does nothing anew; other settings are refused."""
-    command = ["study", "--out", str(tmp_path), "--seeds", "1", *COMMON.split()]
-    command += ["--variants", "grpo", "srpo 1x4"]
-    command += ["--flags", "--eval_problems 16 --max_thoughts 3"]
-    study.main(command)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.log")}
-    assert sorted(path.name for path in before) == ["before.log", "grpo-0.log", "srpo-1x4-0.log"]
-    study.main(command)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.log")}
-    text = (tmp_path / "study.md").read_text()
-    assert "Before training: pass rate 0." in text
-    assert "| per step | seconds |" in text
-    assert "held-out evaluations during training" in text and "16 held-out problems" in text
-    (claim,) = [row for row in text.splitlines() if row.startswith("| SRPO ends above GRPO |")]
-    assert claim.endswith("(nan to nan) | unclear |")  # one seed cannot tell
-    for picture in ("study.png", "ablations.png"):
-        assert (tmp_path / picture).stat().st_size > 10_000
-    for name, method in (("grpo-0", "grpo"), ("srpo-1x4-0", "srpo")):
-        config = runs.read_run(tmp_path / name).config
-        assert config["method"] == method and config["lr"] == 0.001
-        assert config["steps"] == 2 and config["max_thoughts"] == 3
-    with pytest.raises(UserError, match="other settings"):
-        study.main([*command, "--steps", "3"])
+def test_study_trains_goes_on_and_prints(tmp_path, capsys, monkeypatch):
+    """A real run at the sweep's rate; it is not trained again, and resumed where it was cut off."""
+    monkeypatch.setattr(study, "SWEEP_SEEDS", 1)
+    monkeypatch.setattr(study, "grid_of", lambda arm, results: [1e-3])
+    part = study.Slice(["grpo"], "chain-2", range(1), 2)
+    monkeypatch.setattr(study, "SLICES", {"sweep": part, "default": part})
+    lines = tmp_path / "study.jsonl"
+    (swept,) = made("grpo", [0.4], slice="sweep", lr=1e-3)
+    lines.write_text(json.dumps(asdict(swept)) + "\n")
+    small = ["--out", str(tmp_path / "runs"), "--benchmark_problems", "8"]
+    study.main(["--lines", str(lines), "run", "default", *small])
+    _, result = study.read_results(lines)
+    assert (result.steps, result.lr, result.arm) == (2, 1e-3, "grpo")
+    assert [step for step, _, _ in result.curve] == [0, 2] and 0 <= result.pass_at_8 <= 1
+    assert result.cpu_seconds > 1 and result.verifier_calls == 512
+    study.main(["--lines", str(lines), "run", "default", *small])  # nothing is missing
+    assert len(study.read_results(lines)) == 2
+    lines.write_text(lines.read_text().splitlines()[0] + "\n")  # as if it had been cut off
+    study.main(["--lines", str(lines), "run", "default", *small])
+    again = study.read_results(lines)[1]
+    assert again.curve == result.curve and again.cpu_seconds is None
+    study.main(["--lines", str(lines), "tables", "--picture", str(tmp_path / "a.png")])
+    assert "| grpo, 1 seeds, 2 steps, 0.001 |" in capsys.readouterr().out
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert json.loads(lines.read_text().splitlines()[1])["arm"] == "grpo"
 
 
-def test_a_failing_run_stops_the_study_and_names_its_log(tmp_path):
-    command = ["study", "--out", str(tmp_path), "--data", "chain-99", "--variants", "grpo"]
-    command += ["--seeds", "1", "--grid", "0.001"]
-    with pytest.raises(UserError, match="before.log"):
+def test_a_failing_run_stops_the_study_and_names_its_log(tmp_path, monkeypatch):
+    broken = {"sweep": study.Slice(["grpo"], "chain-99", range(1), 1)}
+    monkeypatch.setattr(study, "SLICES", broken)
+    command = ["--lines", str(tmp_path / "a"), "run", "sweep", "--out", str(tmp_path / "runs")]
+    with pytest.raises(UserError, match=r"failed; see .*\.log"):
         study.main(command)
 
 
-def test_sweep_chooses_the_rate_with_the_highest_mean():
-    assert study.best_learning_rate({1e-3: [0.1, 0.4], 1e-4: [0.3, 0.3]}) == 1e-4
-    assert study.best_learning_rate({1e-3: []}) == 1e-3  # nothing to choose: no runs
-
-
-def test_thought_signals_are_weights_times_surprise(policy):
-    (task,) = policy.tasks(4, 1, base=8)
-    (group,) = run_programs([grpo(task)], policy.engine).results
-    for i, rollout in enumerate(group):
-        rollout.reward = float(i < 2)
-    loss.set_advantages(group)
-    rollout = group[0]
-    rollout.prefix_len = rollout.thought_ends[0]  # as if its first thought were a shared prefix
-    signals = study.thought_signals(rollout, 8)
-    assert signals[0] is None and len(signals) == len(rollout.thought_ends)
-    weight = rollout.advantages[1] / (8 * (len(rollout.token_ids) - rollout.prefix_len))
-    logps = rollout.logps[rollout.thought_ends[0] : rollout.thought_ends[1]]
-    assert signals[1] == pytest.approx(np.mean([weight * (1 - np.exp(logp)) for logp in logps]))
-
-
-def test_signal_runs(capsys):
-    command = "signal --data chain-3 --repeats 2 --prompts 4 --variants grpo".split()
-    study.main([*command, "srpo 1x4"])
-    out = capsys.readouterr().out
-    assert "| grpo |" in out and "| srpo 1x4 |" in out
-
-
-def test_signal_says_what_it_cannot_measure(tmp_path):
-    with pytest.raises(UserError, match="--repeats must be at least 2"):
-        study.main(["signal", "--repeats", "1"])
-    data = tmp_path / "problems.jsonl"
-    data.write_text('{"question": "1 + 1?", "answer": "2", "kind": "integer"}\n')
-    with pytest.raises(UserError, match="needs a step checker"):
-        study.main(["signal", "--data", str(data), "--variants", "srpo 1x4 verifier"])
-
-
-def test_anatomy_runs(tmp_path):
-    study.main(["anatomy", "--data", "chain-4", "--out", str(tmp_path / "a.png")])
-    assert (tmp_path / "a.png").stat().st_size > 10_000
-    command = "anatomy --data chain-12 --problems 1 --out".split()
-    with pytest.raises(UserError, match="raise --problems"):
-        study.main([*command, str(tmp_path / "b.png")])
+def test_steps_along_the_plain_gradient_have_a_fixed_length():
+    p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    (p.sum() * 5 + q.sum()).backward()
+    FixedLength([p, q], lr=0.1).step()
+    moved = torch.cat([1 - p.detach(), 1 - q.detach()])
+    assert moved.norm() == pytest.approx(0.1, rel=1e-5)
+    assert (moved[0] / moved[3]).item() == pytest.approx(5, rel=1e-4)
