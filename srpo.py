@@ -67,7 +67,7 @@ from data.settings import (
     setting,
 )
 from data.tasks import GENERATED, load_problems
-from data.verifiers import DELIMITER, check_machine
+from data.verifiers import DELIMITER, KINDS, check_machine
 from eval import evaluate
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, set_advantages, weigh
@@ -518,6 +518,12 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
         shared = sum(problem.question in questions for problem in eval_problems)
         if shared:
             print(f"warning: {shared} of {len(eval_problems)} held-out problems are trained on")
+        guessable = [p.kind for p in train_problems if KINDS[p.kind].can_be_guessed]
+        if guessable and cfg.method in ("srpo", "rrpo", "walk"):
+            print(
+                f"warning: {len(guessable)} of {len(train_problems)} training problems can be "
+                f"guessed ({', '.join(sorted(set(guessable)))}): resets may be rewarded for luck"
+            )
         if isolation:
             print(isolation)
     return train_problems, eval_problems

@@ -326,6 +326,9 @@ class Kind:
     check_machine: Callable[[], str] | None = None
     """returns what to print, or raises UserError where the machine cannot grade this kind"""
 
+    can_be_guessed: bool = False
+    """few answers are possible, so a wrong response is often rewarded by luck"""
+
     def grade(self, response: str, reference: str | dict) -> float:
         """Returns the reward of a whole response, in [0, 1]."""
         found = self.find(response)
@@ -347,11 +350,13 @@ KINDS = {
         grade_choice,
         ending="Put the letter of the right choice in \\boxed{}.",
         check_reference=check_choice,
+        can_be_guessed=True,
     ),
     "yes_no": Kind(
         grade_yes_no,
         ending="Put the final answer, yes or no, in \\boxed{}.",
         check_reference=check_yes_no,
+        can_be_guessed=True,
     ),
     "text": Kind(grade_text),
     "code": Kind(

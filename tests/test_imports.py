@@ -38,6 +38,7 @@ LAYERS = [
     ["eval.py"],
     # the algorithm box
     ["srpo.py"],
+    ["tests/tabular.py"],
     # recipes, experiments, and what tests share
     [
         "data/prepare.py",
@@ -45,6 +46,7 @@ LAYERS = [
         "data/warm_start.py",
         "tests/faults.py",
         "tests/ideas.py",
+        "tests/luck.py",
         "tests/methods.py",
         "tests/speed.py",
         "tests/arms.py",

@@ -491,6 +491,25 @@ def test_help_explains_every_setting_in_its_group(capsys, monkeypatch):
     assert " /" not in said  # nothing names a folder of this machine
 
 
+@pytest.mark.parametrize("method", ["grpo", "rrpo", "srpo", "walk"])
+def test_resets_on_problems_that_can_be_guessed_are_warned_of(tmp_path, capsys, method):
+    guessed = [
+        {"question": "(A) 1 (B) 2 ?", "answer": "B", "kind": "choice"},
+        {"question": "1 > 2 ?", "answer": "no", "kind": "yes_no"},
+    ]
+    number = {"question": "1+1", "answer": "2", "kind": "integer"}
+    append(tmp_path / "some.jsonl", [*guessed, number])
+    append(tmp_path / "none.jsonl", [number])
+    said = {}
+    for name in ("some", "none"):
+        data = str(tmp_path / f"{name}.jsonl")
+        srpo.load_data(srpo.Config(method=method, train_data=data, eval_data="chain-1").resolve())
+        said[name] = capsys.readouterr().out
+    warning = "warning: 2 of 3 training problems can be guessed (choice, yes_no)"
+    assert (warning in said["some"]) == (method != "grpo")
+    assert "can be guessed" not in said["none"]
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 

@@ -1,14 +1,16 @@
-"""The numbers of tests/theory.py, checked on small sizes.
+"""The numbers of tests/theory.py and tests/tabular.py, checked on small sizes.
 
 Exact numbers are compared with brute force through the project's own programs, advantages and token
-weights; simulations are compared with enumeration.
+weights, and so are simulated methods; simulations of lesson 1 are compared with enumeration.
 
-Left out: the whole map of lesson 3, which takes minutes. The last test draws a corner of it.
+Left out: the whole map of lesson 3 and the whole dial of lesson 4. A test draws a corner of each.
 
 Try it alone:  python -m pytest -q tests/test_theory.py
 """
 
+import json
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ import torch
 import theory
 from conftest import settings
 from loss import set_advantages, token_weights
-from rollout import Rollout, Task, grpo, resets
-from theory import LENGTH, Chain, J, K, Method, N, Split, measure, policy_advantage, step_size
+from rollout import Rollout, Task, grpo, resets, walk
+from tests import luck, tabular
+from tests.tabular import Method
+from theory import Chain, J, K, N, Split, measure, policy_advantage, step_size
 
 # ---------------------------------------------------------------------------------- lesson 1
 
@@ -100,6 +104,7 @@ class Coins:
         self.p = p
         self.q = q
         self.rng = np.random.default_rng(rng_key)
+        self.asked = 0  # localizations
         self.task = Task(
             problem=None,
             prompt_ids=[],
@@ -118,6 +123,7 @@ class Coins:
 
     def localize(self, task, seeds):
         yield from ()  # a localizer is a generator; this one samples nothing
+        self.asked += len(seeds)
         found = []
         for seed in seeds:
             h = seed.token_ids.index(0) + 1
@@ -272,144 +278,159 @@ def test_an_exact_localizer_has_more_signal_than_chance(split):
         assert along > 1 > along_random
 
 
-# ---------------------------------------------------------------------------------- lesson 3
+# ----------------------------------------------------------- lessons 3 and 4: tests/tabular.py
 
 
-@dataclass
-class Step:
-    """One simulated step of two policies."""
-
-    truth: torch.Tensor  # [B, FACTS]
-    probs: torch.Tensor  # [B, FACTS, STATES]
-    base: theory.Rollouts
-    suffixes: theory.Rollouts
-    spent: torch.Tensor  # [B] generated thoughts
+TABULAR = {
+    "grpo": Case(grpo, {"base": 8, "prefixes": 0}, None),
+    "first": Case(resets, {"base": 4}, None),
+    "deepest": Case(deepest, {"base": 4}, None),
+    "walk": Case(walk, {"base": 4, "prefixes": 0, "rounds": tabular.ROUNDS}, None),
+}
 
 
-def small_step(q, choice="first"):
-    truth, logits = theory.start_policies(0.8, 0.97, [0, 1])
-    probs = logits.softmax(-1)
-    method = Method(4, q, choice)
-    problem_rng = theory.generator(2)
-    rng = theory.generator(3)
-    (base, suffixes), spent = theory.one_step(probs, truth, method, problem_rng, rng)
-    return Step(truth, probs, base, suffixes, spent)
+@pytest.mark.parametrize("name", TABULAR)
+def test_simulated_methods_agree_with_the_projects_programs_and_loss(name):
+    """Means of generated thoughts, of trained rollouts and of the gradient, and its variance.
+
+    A step of one problem for each of 4000 policies, beside 1000 prompts of the project's program.
+    Within 5 standard errors.
+    """
+    case = TABULAR[name]
+    q = 0.6
+    p = 0.05 ** (1 / K)
+    coins = Coins(p, q, 0, **case.changed)
+    played = []  # a row for each prompt
+    for _ in range(1000):
+        asked = coins.asked
+        buffer, generated = coins.play(case.program)
+        generated += (coins.asked - asked) * tabular.REVIEW
+        played.append([generated, len(buffer), *coins.gradient(buffer).sum(0)])
+    method = Method(name, q)
+    drawn = draw(np.full((4000, 1, K), p), method)
+    gradient = (tabular.weights(drawn) * (drawn.right - p)).sum(2)  # [4000, 1, K]
+    simulated = np.concatenate([drawn.thoughts, drawn.trained, gradient[:, 0]], 1)
+    check_same_moments(np.array(played), simulated)
 
 
-@pytest.mark.parametrize("choice", theory.CHOICES)
-def test_simulated_resets_keep_the_prefix_and_train_the_suffix(choice):
-    step = small_step(1.0, choice)
-    base = step.base
-    suffixes = step.suffixes
-    wrong = step.truth.flatten()[base.facts] != base.states
-    failed = wrong.any(-1).any(-1)  # [B, P]
-    trained = (suffixes.weights != 0).any(-1).any(-1)  # [B, P]
-    reset = trained & failed
-    assert reset.any()
-
-    # The four suffixes have all thoughts before the first trained one in common.
-    in_common = (suffixes.states == suffixes.states[:, :, :1]).all(2).long()
-    prefix_in_common = in_common.cumprod(-1).sum(-1)  # [B, P] thoughts
-    h = (suffixes.weights != 0).any(2).float().argmax(-1)  # [B, P] the first trained thought
-    assert (h[reset] <= prefix_in_common[reset]).all()
-
-    # These thoughts are those of a base rollout, and an exact localizer leaves no error in them.
-    is_suffix = torch.arange(LENGTH) >= h[..., None, None]
-    same_as_base = (suffixes.states[:, :, :1] == base.states) | is_suffix
-    assert same_as_base.all(-1).any(-1)[reset].all()
-    right = step.truth.flatten()[suffixes.facts] == suffixes.states
-    assert (right | is_suffix)[reset].all()
-
-    full = 2 * 4 * LENGTH * theory.PROMPTS
-    assert (step.spent < full).all()
-    assert (step.spent > full / 2).all()
+def draw(p, method, rng_key=1):
+    return tabular.PROGRAMS[method.program](p, method, np.random.default_rng(rng_key))
 
 
-def test_simulated_weights_are_those_of_the_project():
-    """Each prompt of a simulated step, as Rollouts through set_advantages and token_weights."""
-    step = small_step(0.5)
-    wrong = step.truth.flatten()[step.base.facts] != step.base.states
-    failed = wrong.any(-1).any(-1)  # [B, P]
-    compared = 0
-    for b, i in np.ndindex(failed.shape):
-        base_weights = step.base.weights[b, i]  # [n, LENGTH]
-        suffix_weights = step.suffixes.weights[b, i]
-        # A flat group has no weights, so neither h nor its rewards can be read from them.
-        if not failed[b, i] or not base_weights.any() or not suffix_weights.any():
-            continue
-        h = int(suffix_weights.any(0).float().argmax())
-        rollouts = as_rollouts(step.base.states[b, i], base_weights, 0, (0, 0))
-        rollouts += as_rollouts(step.suffixes.states[b, i], suffix_weights, h, (0, 1))
-        set_advantages(rollouts)
-        expected = torch.tensor([token_weights(r, N * theory.PROMPTS) for r in rollouts])
-        simulated = torch.cat([base_weights, suffix_weights])
-        torch.testing.assert_close(simulated, expected, rtol=1e-4, atol=1e-7)
-        compared += 1
-    assert compared > 3
+def check_same_moments(a, b):
+    """Means and second moments of two samples [n, ...] are within 5 standard errors."""
+    for power in (1, 2):
+        x, y = a**power, b**power
+        error = np.sqrt(x.var(0) / len(x) + y.var(0) / len(y))
+        assert (np.abs(x.mean(0) - y.mean(0)) <= 5 * error + 1e-9).all()
 
 
-def as_rollouts(chains, chain_weights, prefix_len, group):
-    """Rollouts of chains [n, LENGTH]. A positive weight says that the reward is 1."""
-    rollouts = []
-    for tokens, weights in zip(chains.tolist(), chain_weights):
-        reward = float(weights.sum() > 0)
-        rollouts.append(rollout_of(tokens, prefix_len, reward, group))
-    return rollouts
+@pytest.mark.parametrize("program", ["first", "deepest"])
+def test_exact_resets_keep_a_right_prefix_of_a_failure(program):
+    drawn = draw(np.full((3, 40, 12), 0.8), Method(program, 1.0))
+    base, suffixes = drawn.right[:, :, :4], drawn.right[:, :, 4:]
+    h = drawn.start[:, :, 4:]
+    kept = np.arange(12) < h[..., None]
+    assert suffixes[kept].all()
+    error = np.where(base.all(-1), -1, base.argmin(-1))  # [3, 40, 4] of failures
+    failed = error >= 0
+    place = error.argmax(-1) if program == "deepest" else failed.argmax(-1)
+    expected = np.take_along_axis(error, place[..., None], -1)
+    assert (h == np.maximum(expected, 0)).all()
+    reviews = failed.sum(-1) if program == "deepest" else failed.any(-1)
+    spent = 4 * 12 + 4 * (12 - h[..., 0]) + reviews * tabular.REVIEW
+    assert (drawn.thoughts == spent).all()
+
+
+def test_luck_is_the_share_of_wrong_responses_that_are_rewarded():
+    rng = np.random.default_rng(0)
+    right = tabular.respond(np.full((1, 5000, 12), 0.9), 8, rng)
+    whole = right.all(-1)
+    assert (tabular.rewarded(right, Method(), rng) == whole).all()
+    lucky = tabular.rewarded(right, Method(luck=0.1), rng)
+    assert lucky[whole].all()
+    assert lucky[~whole].mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_walk_ends_at_a_lucky_response():
+    p = np.full((1, 400, 12), 0.1)  # nothing is found but by luck
+    assert not draw(p, Method("walk", 1.0)).advantages.any()
+    drawn = draw(p, Method("walk", 1.0, luck=0.05))
+    found = np.isclose(drawn.advantages[..., -1], 2)
+    trained = drawn.advantages.any(-1)
+    doubled = drawn.trained == 8
+    assert found.any()
+    assert (trained == (found | doubled)).all()
+    assert not drawn.right[found][:, -1].all(-1).any()
 
 
 def test_closed_form_gradient_is_that_of_the_surrogate():
-    step = small_step(0.8)
-    buffer = [step.base, step.suffixes]
-    theta = step.probs.log().requires_grad_(True)
-    logps = theta.log_softmax(-1).view(-1, theory.STATES)
-    objective = 0.0
-    for rollouts in buffer:
-        objective = objective + (rollouts.weights * logps[rollouts.facts, rollouts.states]).sum()
-    objective.backward()
-    ascent = theory.ascent(step.probs, buffer)
-    torch.testing.assert_close(ascent, theta.grad, atol=1e-7, rtol=1e-4)
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(tabular.start_logits(0.5, 0.9, [0, 1]), requires_grad=True)
+    facts = rng.integers(tabular.FACTS, size=(2, 8, 12))
+    policy = np.arange(2)[:, None, None]
+    p = torch.sigmoid(logits)[policy, facts]
+    drawn = draw(p.detach().numpy(), Method("first", 0.8))
+    chosen = torch.where(torch.tensor(drawn.right), p[:, :, None], 1 - p[:, :, None])
+    (torch.tensor(tabular.weights(drawn)) * chosen.log()).sum().backward()
+    ascent = tabular.ascent(drawn, p.detach().numpy(), facts)
+    torch.testing.assert_close(torch.tensor(ascent), logits.grad, atol=1e-7, rtol=1e-4)
 
 
 def test_pass_rate_is_exact():
-    truth, logits = theory.start_policies(0.8, 0.95, [0])
-    probs = logits.softmax(-1)
-    ops = torch.randint(theory.OPS, (1, 3, LENGTH), generator=theory.generator(1))
-    first = torch.arange(theory.STATES).repeat(1, 3)  # every first state for each of the three
-    ops_of_first = ops.repeat_interleave(theory.STATES, 1)
-    answer = theory.answers(truth, ops_of_first, first)
-    problems = theory.Problems(ops_of_first, first, answer)
-    rollouts = theory.sample(probs.cumsum(-1)[0], problems, 200, theory.generator(2))
-    right = theory.rewards_of(rollouts, problems)
-    error = abs(right.mean() - theory.pass_rate(probs, truth, ops)[0])
-    assert error < 5 * right.std() / right.numel() ** 0.5
+    logits = tabular.start_logits(0.7, 0.99, [0])
+    rng = np.random.default_rng(0)
+    facts = rng.integers(tabular.FACTS, size=(20_000, tabular.LENGTH))
+    right = (rng.random(facts.shape) < tabular.sigmoid(logits[0])[facts]).all(1)
+    error = right.std() / len(right) ** 0.5
+    assert abs(right.mean() - tabular.pass_rate(logits)[0]) < 5 * error
 
 
 def test_same_seed_same_numbers_and_training_learns():
-    first = small_training(0)
-    again = small_training(0)
-    other = small_training(5)
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first[0], other[0])
-    assert (first[-1] > first[0] + 0.1).all()
+    first = small_training([0, 1])
+    again = small_training([0, 1])
+    other = small_training([5, 6])
+    assert np.array_equal(first[-1].rates, again[-1].rates)
+    assert not np.array_equal(first[0].rates, other[0].rates)
+    assert (first[-1].rates > first[0].rates + 0.1).all()
+    assert (first[-1].thoughts > 0).all() and not first[0].thoughts.any()
 
 
-def small_training(run_seed):
-    """Pass rates [evaluations, 1, 2]."""
-    run_seeds = [run_seed, run_seed + 1]
-    method = Method(base=4, q=1.0)
-    return theory.train((0.7, 0.99), "plain gradient", (1700.0,), run_seeds, 6, method).rates
+def small_training(run_seeds):
+    training = tabular.train((0.7, 0.99), "AdamW", 0.2, run_seeds, Method("walk", 1.0))
+    return list(islice(training, 6))
+
+
+def made_up():
+    """Two runs: one gets to 0.5 at step 1, the other at step 3. A step costs 10 and 20 thoughts."""
+    for step, rates in enumerate([(0.1, 0.1), (0.6, 0.2), (0.3, 0.4), (0.7, 0.5), (0.8, 0.9)]):
+        yield tabular.Now(step, np.array(rates), step * np.array([10.0, 20.0]))
+
+
+def test_until_a_target_and_at_a_budget():
+    ended = tabular.until(made_up(), 0.5, longest=4)
+    assert ended.steps.tolist() == [1, 3]
+    assert ended.thoughts.tolist() == [10, 60]
+    assert ended.reached and ended.start == pytest.approx(0.1)
+    cut = tabular.until(made_up(), 0.5, longest=2)
+    assert not cut.reached and cut.steps.tolist() == [1, 2]
+    assert tabular.rates_at(made_up(), 30, longest=4) == pytest.approx([0.7, 0.3])
 
 
 def test_command_line_prints_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(theory, "RATES", theory.RATES[:2])
     monkeypatch.setattr(theory, "REGIMES", theory.REGIMES[-1:])
+    monkeypatch.setattr(theory, "LUCK_REGIMES", theory.REGIMES[-1:])
     monkeypatch.setattr(theory, "QS", (0.0, 0.8, 1.0))
+    monkeypatch.setattr(theory, "LUCKS", (0.0, 0.01, 0.1))
+    monkeypatch.setattr(theory, "RATE_FACTORS", (1,))
     monkeypatch.setattr(theory, "ACCURACIES", [0.0, 1.0])
     monkeypatch.setattr(theory, "STARTS", [0.04, 0.15])
     theory.main(["--seeds", "2", "--steps", "4", "--out", str(tmp_path / "theory.png")])
     out = capsys.readouterr().out
     assert "| samples, RR / CARO | -2 | -2.0" in out
     assert "**AdamW, start 0.1" in out
+    assert "| AdamW, start 0.1" in out  # the signs of lesson 4
     assert "When are resets worth it" in out
     assert (tmp_path / "theory.png").stat().st_size > 20_000
 
@@ -419,3 +440,21 @@ def test_command_line_refuses_before_it_works(wrong, capsys):
     with pytest.raises(SystemExit):
         theory.main(wrong)
     assert "## 1." not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ tests/luck.py
+
+
+def test_luck_of_a_set(tmp_path, capsys):
+    answers = ["B", "b", "A", "C"]
+    lines = [{"question": "?", "answer": answer, "kind": "choice"} for answer in answers]
+    lines += [{"question": "?", "answer": answer, "kind": "math"} for answer in ("7", "x", "x")]
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    luck.main([path])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [
+        "| some | choice | 4 | 3 | 0.500 (`b`) | 0.167 |",  # 2 of 12 ordered pairs
+        "| some | math, integers | 1 | 1 | 1.000 (`7`) | 0.000 |",
+        "| some | math, others | 2 | 1 | 1.000 (`x`) | 1.000 |",
+    ]

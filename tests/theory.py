@@ -1,31 +1,32 @@
-"""When are resets worth it? Three lessons on chains that are small enough to compute.
+"""When are resets worth it? Four lessons on chains that are small enough to compute.
 
   1  Conservative Policy Iteration, the paper's theory (after Kakade and Langford, 2002). A visited
      state is improvable with probability p. A credit-assignment oracle (CPI-CARO) needs 1/p^2 fewer
      samples than random resets (CPI-RR) and improves 1/p times as much per iteration.
   2  The gradient of one prompt: exact mean and variance of what GRPO, RRPO and SRPO estimate, with
      the advantages and token weights of loss.py.
-  3  Training: steps and generated thoughts until the pass rate is 0.5, for several start pass rates
-     and localizer accuracies, with AdamW and with plain gradient steps.
+  3  Training without luck: steps and generated thoughts until the pass rate is 0.5, for resets and
+     the walk beside GRPO, by start pass rate and localizer accuracy, with AdamW and with plain
+     gradient steps.
+  4  Luck: the pass rate where the verifier rewards wrong responses with some probability.
 
-Lesson 1 is exact and simulated. Lesson 2 is exact. Lesson 3 is simulated.
+Lesson 1 is exact and simulated. Lesson 2 is exact. Lessons 3 and 4 are simulated, on the policies
+of tests/tabular.py, whose header says how methods are drawn and what they cost.
 
-Left out: the neural network. In lesson 3 every fact has a softmax of its own, so nothing
-generalises, and the localizer is a fixed accuracy q that does not drift during training. Both keep
-the map small enough to compute; the runs in tests/README.md have a network and a real localizer.
+Left out: the neural network. In lessons 3 and 4 nothing generalises, and the localizer is a fixed
+accuracy q that does not drift during training. Both keep the map small enough to compute; the runs
+in tests/README.md have a network and a real localizer. Luck that a policy can learn to use (a
+guess, a skipped step) is left out, too: here it is noise.
 
-Departures from rollout.py:
-  - "deepest" localizes every failure of the base group and resets the one whose named error comes
-    last. It is an idea that was tried, and these lessons are its record: the paper takes the first
-    failure, and so does rollout.py.
-  - Where the base group has no failure, the prompt gets one GRPO group. rollout.py first looks for
-    a seed among fresh draws.
+"deepest" localizes every failure of the base group and resets the one whose named error comes last.
+It is an idea that was tried, and these lessons are its record: the paper takes the first failure,
+and so does rollout.py.
 
 This file is an experiment; tests/test_theory.py checks its numbers. All numbers are a function of
 --seed.
 
 Try it alone, from the repository root:
-    python -m tests.theory --out theory.png               # all lessons, some minutes on one core
+    python -m tests.theory --out theory.png               # all lessons, a minute of one core
     python -m tests.theory --lesson 2 --out lesson2.png   # one lesson, seconds
 """
 
@@ -33,12 +34,15 @@ import argparse
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from tests.tabular import FACTS, LENGTH, PROMPTS, Ended, Method, rates_at, train, until
 
 # ------------------------------------------------------- lesson 1: conservative policy iteration
 #
@@ -152,7 +156,7 @@ def first_states(n, p, rng):
     return States(np.zeros(n, np.uint8), improvable, np.zeros(n, np.int8))
 
 
-def walk(states, stop, p, rng, greedy=False, alpha=0.0):
+def advance(states, stop, p, rng, greedy=False, alpha=0.0):
     """Continues chains under pi until `stop` [n] decisions are taken; returns the new states.
 
     greedy: the first action is 1. alpha: under the mixture with the greedy policy instead of pi.
@@ -176,7 +180,7 @@ def walk(states, stop, p, rng, greedy=False, alpha=0.0):
 def rewards(states, p, rng, greedy=False, alpha=0.0):
     """Rewards [n], 0 or 1, of chains that continue from these states to the end."""
     end = np.full_like(states.taken, H)
-    lead = walk(states, end, p, rng, greedy, alpha).lead
+    lead = advance(states, end, p, rng, greedy, alpha).lead
     threshold = UNIT // 2 + int(UNIT * DELTA) * lead.astype(np.int32)
     return (draw(len(lead), rng) < threshold).astype(np.int8)
 
@@ -195,7 +199,7 @@ def visited(n, p, rng, oracle=False):
             size = min(int((n - found) / p * 1.05) + 16, 2**20)
         start = first_states(size, p, rng)
         stop = rng.integers(0, H, size, dtype=np.uint8)
-        states = walk(start, stop, p, rng)
+        states = advance(start, stop, p, rng)
         if oracle:
             chosen = states.improvable
             states = States(states.taken[chosen], states.improvable[chosen], states.lead[chosen])
@@ -732,369 +736,24 @@ def break_even_row(name, split, length, results):
         print_row([name, "1.0", *cells, ""])
 
 
-# ------------------------------------------------------------------------- lesson 3: training
+# ----------------------------------------------------------------- lesson 3: training without luck
 #
-# A problem is a first state and LENGTH operations; each operation is a random bijection of the
-# states. One thought applies one operation: it looks up the fact (operation, state) and writes the
-# next state. The policy has a softmax over next states for every fact. The reward is 1 where the
-# last state is right. B policies (learning rates x runs) train side by side, each on P = PROMPTS
-# problems a step, with n rollouts of each problem.
+# Policies of tests/tabular.py. All methods train at one learning rate: larger rates are faster for
+# every one of them, since without shared weights nothing is ever unlearned for good, so none is
+# best. `rate_table` shows how much the ratios depend on it.
 
-STATES = 30  # values of a state
-OPS = 20  # operations. 60 give much the same map, five times slower
-LENGTH = 12  # thoughts of a chain
-FACTS = OPS * STATES  # rows of a policy's table
-PROMPTS = 32  # problems of a training step
-EVERY = 2  # steps between evaluations
 TARGET = 0.5  # the pass rate to reach
 REGIMES = [
-    (0.45, 0.90),
+    (0.35, 0.90),
     (0.5, 0.95),
     (0.6, 0.97),
     (0.7, 0.99),
 ]  # range of a fact's first probability
-GRIDS = {  # learning rates, the same for all methods
-    "AdamW": (0.05, 0.08, 0.13, 0.2),
-    "plain gradient": (600.0, 1000.0, 1700.0, 3000.0),
-}
-QS = (0.0, 0.4, 0.6, 0.8, 1.0)  # accuracy of the localizer; 0 is RRPO
-CHOICES = ("first", "deepest")  # of the seed among the failures
+LRS = {"AdamW": 0.1, "plain gradient": 1000.0}
+RATE_FACTORS = (0.5, 1, 2, 4)  # of these learning rates, in `rate_table`
+QS = (0.0, 0.4, 0.6, 0.8, 1.0)  # accuracy of the localizer; 0: random resets
+CHOICES = ("first", "deepest", "walk")  # programs of tests/tabular.py
 GOOD_Q = 0.8  # the accuracy of QS that the text calls a good localizer
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method of this lesson. The default is GRPO."""
-
-    base: int = N  # rollouts from the prompt; the rest of N are suffixes
-    q: float = 0.0  # accuracy of the localizer
-    choice: str = "first"  # of the seed, see CHOICES
-
-
-@dataclass
-class Problems:
-    """B x P problems and their answers."""
-
-    ops: torch.Tensor  # [B, P, LENGTH]
-    first: torch.Tensor  # [B, P] first state
-    answer: torch.Tensor  # [B, P] right last state
-
-
-@dataclass
-class Rollouts:
-    """n rollouts of each problem, each field [B, P, n, LENGTH]."""
-
-    facts: torch.Tensor  # rows of the policies' tables that were looked up
-    states: torch.Tensor  # states that were written
-    weights: torch.Tensor | None = None  # of each thought in the loss
-
-
-@dataclass
-class Resets:
-    """The reset states of a step."""
-
-    failed: torch.Tensor  # [B, P] whether the base group has a failure
-    h: torch.Tensor  # [B, P] thoughts that are kept: the reset index h* from 0; 0 without a failure
-    prefix: torch.Tensor  # [B, P, LENGTH] states of the seed
-
-
-def generator(rng_key):
-    return torch.Generator().manual_seed(rng_key)
-
-
-def start_policies(low, high, run_seeds):
-    """(truth [R, FACTS], the right next states; logits [R, FACTS, STATES]) of R runs.
-
-    A fact is right with a probability between low and high. 90% of the rest is one misconception.
-    """
-    truths = []
-    logits = []
-    for run_seed in run_seeds:
-        rng = generator(run_seed)
-        bijections = [torch.randperm(STATES, generator=rng) for _ in range(OPS)]
-        truth = torch.stack(bijections).flatten()
-        right = low + (high - low) * torch.rand(FACTS, generator=rng)
-        misconception = (truth + torch.randint(1, STATES, (FACTS,), generator=rng)) % STATES
-        other = 0.1 * (1 - right) / (STATES - 2)
-        probs = other[:, None].repeat(1, STATES)
-        probs.scatter_(1, truth[:, None], right[:, None])
-        probs.scatter_(1, misconception[:, None], 0.9 * (1 - right)[:, None])
-        truths.append(truth)
-        logits.append(probs.log())
-    return torch.stack(truths), torch.stack(logits)
-
-
-def facts_of(ops, before):
-    """Rows of the B tables, laid end to end, for operations and the states before them [B, ...]."""
-    policy = torch.arange(len(ops)).view(-1, *[1] * (ops.dim() - 1))
-    return (policy * OPS + ops) * STATES + before
-
-
-def draw_problems(truth, rng):
-    """New problems for B policies. truth [B, FACTS]."""
-    ops = torch.randint(OPS, (len(truth), PROMPTS, LENGTH), generator=rng)
-    first = torch.randint(STATES, (len(truth), PROMPTS), generator=rng)
-    return Problems(ops, first, answers(truth, ops, first))
-
-
-def answers(truth, ops, first):
-    """The right last states [B, P] after operations [B, P, LENGTH] on first states [B, P]."""
-    state = first
-    for k in range(LENGTH):
-        state = truth.flatten()[facts_of(ops[:, :, k], state)]
-    return state
-
-
-def sample(cdf, problems, n, rng, resets=None):
-    """n rollouts of each problem, or n suffixes from its reset state.
-
-    cdf [B FACTS, STATES]: cumulated probabilities of the B policies, laid end to end.
-    """
-    state = problems.first[..., None].expand(*problems.first.shape, n)
-    states = []
-    used = []
-    for k in range(LENGTH):
-        facts = facts_of(problems.ops[:, :, k, None].expand_as(state), state)
-        u = torch.rand(state.numel(), 1, generator=rng)
-        state = (u > cdf.index_select(0, facts.flatten())).sum(-1)
-        state = state.clamp(max=STATES - 1)  # rounded, the last cdf can fall short of 1
-        state = state.view_as(facts)
-        if resets is not None:
-            kept = (k < resets.h)[..., None]
-            state = torch.where(kept, resets.prefix[:, :, k, None], state)
-        states.append(state)
-        used.append(facts)
-    return Rollouts(torch.stack(used, -1), torch.stack(states, -1))
-
-
-def rewards_of(rollouts, problems):
-    """Rewards [B, P, n]: 1 where the last state is right."""
-    return (rollouts.states[..., -1] == problems.answer[..., None]).float()
-
-
-def group_advantages(r):
-    """loss.set_advantages for groups of rewards [..., G]."""
-    std = r.std(-1, correction=0, keepdim=True)
-    advantage = (r - r.mean(-1, keepdim=True)) / std.clamp(min=1e-8)
-    return torch.where(std > 1e-8, advantage, 0.0)
-
-
-def weights(A, h):
-    """loss.token_weights [B, P, n, LENGTH] for advantages A [B, P, n], 0 on the prefix.
-
-    h [B, P]: thoughts of the prefix.
-    """
-    trained = torch.arange(LENGTH) >= h[..., None, None]
-    per_thought = A / ((LENGTH - h)[..., None] * N * PROMPTS)
-    return per_thought[..., None] * trained
-
-
-def one_step(probs, truth, method, problem_rng, rng):
-    """Samples one step of B policies: ([base group, suffix group], generated thoughts [B]).
-
-    probs [B, FACTS, STATES], truth [B, FACTS]. GRPO has no suffix group.
-    """
-    cdf = probs.cumsum(-1).view(-1, STATES)
-    problems = draw_problems(truth, problem_rng)
-    base = sample(cdf, problems, method.base, rng)
-    r_base = rewards_of(base, problems)
-    A_base = group_advantages(r_base)
-    no_prefix = torch.zeros(len(truth), PROMPTS, dtype=torch.long)
-    spent = torch.full((len(truth),), float(PROMPTS * method.base * LENGTH))
-    if method.base == N:
-        base.weights = weights(A_base, no_prefix)
-        return [base], spent
-
-    resets = choose_resets(base, r_base, truth, method, rng)
-    n_suffixes = N - method.base
-    suffixes = sample(cdf, problems, n_suffixes, rng, resets)
-    r_suffixes = rewards_of(suffixes, problems)
-    A_suffixes = group_advantages(r_suffixes)
-    # Where nothing failed, h is 0 and all N rollouts are one group.
-    A_all = group_advantages(torch.cat([r_base, r_suffixes], -1))
-    failed = resets.failed[..., None]
-    A_base = torch.where(failed, A_base, A_all[..., : method.base])
-    A_suffixes = torch.where(failed, A_suffixes, A_all[..., method.base :])
-    base.weights = weights(A_base, no_prefix)
-    suffixes.weights = weights(A_suffixes, resets.h)
-    spent = spent + n_suffixes * (LENGTH - resets.h).sum(1)
-    return [base, suffixes], spent
-
-
-def choose_resets(base, reward, truth, method, rng):
-    """Chooses a seed among the failures of each base group, and its reset state."""
-    error = (truth.flatten()[base.facts] != base.states).float().argmax(-1)  # [B, P, n] the first
-    exact = torch.rand(error.shape, generator=rng) < method.q
-    anywhere = torch.randint(LENGTH, error.shape, generator=rng)
-    named = torch.where(exact, error, anywhere)
-    priority = -torch.arange(method.base).expand_as(named)  # the earlier rollout first
-    if method.choice == "deepest":
-        priority = priority + named * method.base
-    never = -method.base
-    seed = torch.where(reward == 0, priority, never).argmax(-1, keepdim=True)  # [B, P, 1]
-    failed = (reward == 0).any(-1)
-    h = torch.where(failed, named.gather(-1, seed)[..., 0], 0)
-    of_seed = seed[..., None].expand(-1, -1, 1, LENGTH)
-    return Resets(failed, h, base.states.gather(2, of_seed)[:, :, 0])
-
-
-def ascent(probs, buffer):
-    """Gradient [B, FACTS, STATES] of sum(weight * log-prob) with respect to the logits.
-
-    One thought adds weight * (onehot - probs) to the row of its fact.
-    """
-    onehots = torch.zeros(probs.numel())
-    totals = torch.zeros(len(probs) * FACTS)
-    for rollouts in buffer:
-        chosen = rollouts.facts * STATES + rollouts.states
-        onehots.index_add_(0, chosen.flatten(), rollouts.weights.flatten())
-        totals.index_add_(0, rollouts.facts.flatten(), rollouts.weights.flatten())
-    return onehots.view_as(probs) - totals.view(-1, FACTS, 1) * probs
-
-
-def pass_rate(probs, truth, ops):
-    """Exact pass rate [B] on operations [B, E, LENGTH], from all first states.
-
-    Multiplies transition matrices.
-    """
-    B, E = ops.shape[:2]
-    transitions = probs.view(B, OPS, STATES, STATES)
-    right = truth.view(B, OPS, STATES)
-    policy = torch.arange(B)[:, None]
-    reached = torch.eye(STATES).repeat(B * E, 1, 1)  # [B E, first state, state]
-    answer = torch.arange(STATES).expand(B, E, -1)  # [B, E, first state]
-    for k in range(LENGTH):
-        reached = torch.bmm(reached, transitions[policy, ops[:, :, k]].flatten(0, 1))
-        answer = right[policy, ops[:, :, k]].gather(2, answer)
-    reached = reached.view(B, E, STATES, STATES)
-    return reached.gather(3, answer[..., None]).mean((1, 2, 3))
-
-
-class Ascender:
-    """Updates B policies, each with a learning rate of its own.
-
-    AdamW is by hand for that reason: torch's defaults, and the weight decay of srpo.py.
-    """
-
-    def __init__(self, optimizer, lr, theta):
-        """lr [B, 1, 1], theta [B, FACTS, STATES]."""
-        self.optimizer = optimizer
-        self.lr = lr
-        self.m = torch.zeros_like(theta)
-        self.v = torch.zeros_like(theta)
-        self.steps = 0
-
-    def step(self, theta, gradient):
-        """Changes theta in place."""
-        self.steps += 1
-        if self.optimizer == "AdamW":
-            self.m.lerp_(gradient, 0.1)
-            self.v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            m = self.m / (1 - 0.9**self.steps)
-            v = self.v / (1 - 0.999**self.steps)
-            gradient = m / (v.sqrt() + 1e-8) - 0.01 * theta
-        theta += self.lr * gradient
-
-
-@dataclass
-class Training:
-    """L learning rates x R runs. A policy that does not get to TARGET counts all that it made."""
-
-    steps: np.ndarray  # [L, R] until TARGET
-    thoughts: np.ndarray  # [L, R] generated until TARGET
-    reached: np.ndarray  # [L, R] whether it gets there
-    rates: np.ndarray  # [evaluations, L, R] pass rates
-
-
-def train(regime, optimizer, lrs, run_seeds, steps, method=Method()):
-    """Trains policies side by side until all runs of one learning rate are at TARGET."""
-    L = len(lrs)
-    R = len(run_seeds)
-    truth, theta = start_policies(*regime, run_seeds)
-    truth = truth.repeat(L, 1)
-    theta = theta.repeat(L, 1, 1)
-    held_out = held_out_problems(run_seeds).repeat(L, 1, 1)
-    problem_rng = generator(20_000 + run_seeds[0])
-    rng = generator(30_000 + run_seeds[0])
-    lr = torch.tensor(lrs).repeat_interleave(R)[:, None, None]
-    ascender = Ascender(optimizer, lr, theta)
-    spent = torch.zeros(L * R)
-    rates = []
-    thoughts = []
-    for t in range(steps + 1):
-        probs = theta.softmax(-1)
-        if t % EVERY == 0:
-            rates.append(pass_rate(probs, truth, held_out))
-            thoughts.append(spent)
-            reached = (torch.stack(rates) >= TARGET).any(0)
-            if reached.view(L, R).all(1).any():
-                break
-        buffer, used = one_step(probs, truth, method, problem_rng, rng)
-        ascender.step(theta, ascent(probs, buffer))
-        spent = spent + used
-    return until_target(torch.stack(rates), torch.stack(thoughts), L)
-
-
-def held_out_problems(run_seeds):
-    """Operations [R, 12, LENGTH] for the evaluation of each run."""
-    each = []
-    for run_seed in run_seeds:
-        each.append(torch.randint(OPS, (1, 12, LENGTH), generator=generator(10_000 + run_seed)))
-    return torch.cat(each)
-
-
-def until_target(rates, thoughts, L):
-    """When L x R policies get to TARGET, on a line between two evaluations.
-
-    rates and thoughts are [evaluations, L R].
-    """
-    there = rates >= TARGET
-    reached = there.any(0)
-    now = torch.where(reached, there.float().argmax(0), len(rates) - 1)
-    now = now.clamp(min=1)[None]  # [1, L R] an evaluation
-    before = now - 1
-    low = rates.gather(0, before)[0]
-    high = rates.gather(0, now)[0]
-    part = torch.where(reached, ((TARGET - low) / (high - low)).clamp(0, 1), 1.0)
-    steps = EVERY * (before[0] + part)
-    made_before = thoughts.gather(0, before)[0]
-    made = made_before + part * (thoughts.gather(0, now)[0] - made_before)
-    return Training(
-        steps.view(L, -1).numpy(),
-        made.view(L, -1).numpy(),
-        reached.view(L, -1).numpy(),
-        rates.view(len(rates), L, -1).numpy(),
-    )
-
-
-@dataclass
-class Best:
-    """A method at its best learning rate."""
-
-    steps: np.ndarray  # [R] until TARGET
-    thoughts: np.ndarray  # [R]
-    reached: bool  # by all runs
-    lr: float
-    start: float  # pass rate before training, mean over runs
-
-
-def best(optimizer, regime, run_seeds, steps, method=Method()):
-    """Trains with the grid of learning rates and takes the best one.
-
-    It is the one at which most runs get to TARGET, then the fastest. Every method chooses on its
-    own runs.
-    """
-    lrs = GRIDS[optimizer]
-    found = train(regime, optimizer, lrs, run_seeds, steps, method)
-
-    def badness(i):
-        missing = (~found.reached[i]).sum()
-        return missing, found.steps[i].mean(), -found.rates[-1, i].mean()
-
-    i = min(range(len(lrs)), key=badness)
-    reached = found.reached[i].all()
-    start = found.rates[0, i].mean()
-    return Best(found.steps[i], found.thoughts[i], reached, lrs[i], start)
 
 
 @dataclass
@@ -1108,7 +767,7 @@ class Ratio:
 
 @dataclass
 class Cell:
-    """A cell of the map: a reset method relative to GRPO."""
+    """A cell of the map: a method relative to GRPO."""
 
     ratios: dict[str, Ratio]  # of "steps" and "thoughts"
     sign: str  # ">": not all of its runs get to TARGET, "<": not all of GRPO's, "?": neither
@@ -1119,13 +778,35 @@ class Start:
     """The part of the map with one optimizer and one regime."""
 
     rate: float  # pass rate before training
-    rows: dict[str, dict[float, Cell]]  # choice of the seed -> q -> cell
+    rows: dict[str, dict[float, Cell]]  # choice -> q -> cell
 
 
-def compare(found, grpo, rng):
-    """The cell of a method's best learning rate beside GRPO's. rng picks the bootstrap runs."""
-    runs = len(found.steps)
-    picks = rng.integers(0, runs, (2000, runs))
+@dataclass
+class Plan:
+    """What all trainings of a lesson have in common."""
+
+    run_seeds: list[int]
+    steps: int  # at most
+    rng: np.random.Generator  # picks bootstrap runs
+
+    def needed(self, optimizer, regime, method, rate_factor=1) -> Ended:
+        """What the method needs to get to TARGET."""
+        lr = LRS[optimizer] * rate_factor
+        return until(train(regime, optimizer, lr, self.run_seeds, method), TARGET, self.steps)
+
+    def picks(self):
+        """Runs [B, R] of bootstrap resamples."""
+        runs = len(self.run_seeds)
+        return self.rng.integers(0, runs, (2000, runs))
+
+
+def plan_of(args, lesson):
+    run_seeds = [100 * args.seed + i for i in range(args.seeds)]
+    return Plan(run_seeds, args.steps, np.random.default_rng([args.seed, lesson]))
+
+
+def compare(found, grpo, picks):
+    """The cell of a method beside GRPO, both Ended."""
     ratios = {
         "steps": ratio_of_means(found.steps, grpo.steps, picks),
         "thoughts": ratio_of_means(found.thoughts, grpo.thoughts, picks),
@@ -1143,49 +824,60 @@ def ratio_of_means(ours, theirs, picks):
     return Ratio(ours.mean() / theirs.mean(), low, high)
 
 
-def lesson3(run_seed, runs, steps):
+def lesson3(plan):
     """Prints the map, and returns it: {(optimizer, regime): Start}."""
-    rng = np.random.default_rng([run_seed, 3])
-    run_seeds = [100 * run_seed + i for i in range(runs)]
+    rates = ", ".join(f"{lr:g} with {optimizer}" for optimizer, lr in LRS.items())
     print(
-        f"\n## 3. Training: {LENGTH} thoughts, {FACTS} facts, {PROMPTS} prompts x {N} rollouts, "
-        f"{runs} runs, at most {steps} steps, best of 4 learning rates each\n\n"
-        f"Steps / thoughts until the pass rate is {TARGET}, relative to GRPO from the same starts "
-        "(below 1: resets are better), with 95% bootstrap intervals over runs. The ratio is a "
-        "bound where not all runs of the method (>) or of GRPO (<) get there; ?: neither. The "
-        "localizer's thoughts are not counted: `first` asks it once for each prompt with a "
-        "failure, `deepest` once for each failure. A wrong chain is right by luck once in "
-        f"{STATES}, also at the start.\n"
+        f"\n## 3. Training: {LENGTH} thoughts, {FACTS} facts, {PROMPTS} prompts, "
+        f"{len(plan.run_seeds)} runs, at most {plan.steps} steps, learning rate {rates}\n\n"
+        "A response is rewarded where all its thoughts are right: no luck. Steps / generated "
+        f"thoughts until the pass rate is {TARGET}, relative to GRPO (below 1: better), with 95% "
+        "bootstrap intervals over runs. The ratio is a bound where not all runs of the method (>) "
+        "or of GRPO (<) get there; ?: neither. A localization counts as half a response: `first` "
+        "asks once for each prompt with a failure, `deepest` once for each failure, the walk once "
+        "a round. At q = 0 resets are random and nobody is asked.\n"
     )
     table = {}
-    for optimizer, regime in product(GRIDS, REGIMES):
-        grpo = best(optimizer, regime, run_seeds, steps)
+    for optimizer, regime in product(LRS, REGIMES):
+        grpo = plan.needed(optimizer, regime, Method())
         sign = "" if grpo.reached else ">"
         print(
             f"**{optimizer}, start {grpo.start:.3f}**, facts U{regime}. GRPO: "
             f"{sign}{grpo.steps.mean():.0f} steps, {grpo.thoughts.mean() / 1e3:.0f} thousand "
-            f"thoughts, lr {grpo.lr:g}\n"
+            "thoughts\n"
         )
-        print_head(["1x4, seed", *[f"q = {q}" for q in QS]])
+        print_head(["", *[f"q = {q}" for q in QS]])
         start = Start(grpo.start, {})
         for choice in CHOICES:
             start.rows[choice] = {}
-            texts = []
             for q in accuracies_of(choice):
-                found = best(optimizer, regime, run_seeds, steps, Method(N // 2, q, choice))
-                cell = compare(found, grpo, rng)
-                start.rows[choice][q] = cell
-                texts.append(f"{cell_text(cell)}, lr {found.lr:g}")
-            missing = [""] * (len(QS) - len(texts))
-            print_row([choice, *missing, *texts])
+                found = plan.needed(optimizer, regime, Method(choice, q))
+                start.rows[choice][q] = compare(found, grpo, plan.picks())
+            texts = [cell_text(cell) for cell in start.rows[choice].values()]
+            print_row([choice, *[""] * (len(QS) - len(texts)), *texts])
         table[optimizer, regime] = start
         print()
+    rate_table(plan)
     return table
+
+
+def rate_table(plan):
+    """Prints how the ratios of exact localizers depend on the learning rate, at one start."""
+    regime = REGIMES[min(1, len(REGIMES) - 1)]
+    print(f"The same at other learning rates, facts U{regime}, q = 1:\n")
+    print_head(["learning rate", "steps of GRPO", *CHOICES])
+    for optimizer, k in product(LRS, RATE_FACTORS):
+        grpo = plan.needed(optimizer, regime, Method(), k)
+        texts = [f"{grpo.steps.mean():.0f}"]
+        for choice in CHOICES:
+            found = plan.needed(optimizer, regime, Method(choice, 1.0), k)
+            texts.append(cell_text(compare(found, grpo, plan.picks())))
+        print_row([f"{optimizer} {k * LRS[optimizer]:g}", *texts])
 
 
 def accuracies_of(choice):
     """The q of a row of the map. "deepest" needs a localizer, so it has no q = 0."""
-    return QS if choice == "first" else QS[1:]
+    return QS[1:] if choice == "deepest" else QS
 
 
 def cell_text(cell):
@@ -1197,7 +889,7 @@ def cell_text(cell):
 
 
 def break_even(cells, what):
-    """Localizer accuracy from which resets are not slower than GRPO; None: at no accuracy.
+    """Localizer accuracy from which a method is not slower than GRPO; None: at no accuracy.
 
     cells: q -> cell, a row of the map. what: "steps" or "thoughts". Linear between two q. A cell
     that does not get to TARGET counts as twice GRPO's.
@@ -1221,13 +913,108 @@ def break_even_text(cells, what):
     if q is None:
         return "never"
     lowest = next(iter(cells))
-    return f"<= {q:.1f}" if q == lowest else f"{q:.2f}"
+    if q > lowest:
+        return f"{q:.2f}"
+    return "any" if q == 0 else f"<= {q:.1f}"
+
+
+# ---------------------------------------------------------------------- lesson 4: a verifier's luck
+#
+# What is measured, decided before the first run that counts: the pass rate (right responses, not
+# rewarded ones) after as many generated thoughts as GRPO without luck needs to get to TARGET. Gain
+# and loss are differences to GRPO at the same luck. Luck is independent of what a response says, so
+# it is noise that no policy can learn to use.
+
+LUCKS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5)  # chance that a wrong response is rewarded
+LUCK_REGIMES = REGIMES[:2]
+DIAL = {
+    "GRPO": ("grpo", 0.0),
+    "resets, exact": ("first", 1.0),
+    "resets, random": ("first", 0.0),
+    "walk, exact": ("walk", 1.0),
+    "walk, random": ("walk", 0.0),
+}  # name -> program and q
+
+
+@dataclass
+class Difference:
+    """Pass rate minus GRPO's: its 95% bootstrap interval over runs."""
+
+    low: float
+    high: float
+
+    @property
+    def sign(self):
+        """+ gain, - loss, 0 neither for sure."""
+        if self.low > 0:
+            return "+"
+        return "-" if self.high < 0 else "0"
+
+
+@dataclass
+class Dial:
+    """Lesson 4 with one optimizer at one start."""
+
+    optimizer: str
+    start: float  # pass rate before training
+    budget: float  # generated thoughts
+    rates: dict[str, np.ndarray]  # of DIAL -> [LUCKS, R] pass rates after that budget
+    differences: dict[str, list[Difference]]  # of DIAL, without GRPO -> one for each luck
+
+
+def lesson4(plan):
+    """Prints pass rates by luck, and returns the Dials."""
+    print(
+        f"\n## 4. Luck: the pass rate after the thoughts with which GRPO without luck gets to "
+        f"{TARGET}\n\n"
+        f"{len(plan.run_seeds)} runs, the learning rates of lesson 3. Luck is the probability that "
+        "a wrong response is rewarded. In brackets the 95% bootstrap interval of the difference to "
+        "GRPO at the same luck."
+    )
+    return [turn_dial(plan, *place) for place in product(LRS, LUCK_REGIMES)]
+
+
+def turn_dial(plan, optimizer, regime):
+    """Lesson 4 with one optimizer at one start."""
+    free = plan.needed(optimizer, regime, Method())
+    dial = Dial(optimizer, free.start, free.thoughts.mean(), {}, {})
+    lr = LRS[optimizer]
+    for name, (program, q) in DIAL.items():
+        rates = []
+        for luck in LUCKS:
+            training = train(regime, optimizer, lr, plan.run_seeds, Method(program, q, luck))
+            rates.append(rates_at(training, dial.budget, plan.steps))
+        dial.rates[name] = np.stack(rates)
+        if name != "GRPO":
+            dial.differences[name] = differences(dial.rates[name], dial.rates["GRPO"], plan.picks())
+    print_dial(dial)
+    return dial
+
+
+def differences(ours, theirs, picks):
+    """One Difference for each row of pass rates [LUCKS, R]; picks [B, R]."""
+    found = []
+    for row in ours - theirs:
+        low, high = interval(row[picks].mean(1))
+        found.append(Difference(low, high))
+    return found
+
+
+def print_dial(dial):
+    print(f"\n**{dial.optimizer}, start {dial.start:.3f}**, {dial.budget / 1e3:.0f}k thoughts\n")
+    print_head(["luck", *DIAL])
+    for i, luck in enumerate(LUCKS):
+        texts = [f"{dial.rates['GRPO'][i].mean():.3f}"]
+        for name, row in dial.differences.items():
+            rate = dial.rates[name][i].mean()
+            texts.append(f"{rate:.3f} ({row[i].low:+.3f} to {row[i].high:+.3f})")
+        print_row([f"{luck:g}", *texts])
 
 
 # ------------------------------------------------------------------------ guidance and figure
 
 
-def guidance(one, two, three):
+def guidance(one, two, three, four):
     """Prints what this run says to someone with a model. A lesson that did not run is None."""
     print("\n## When are resets worth it for my model?\n")
     if one is not None:
@@ -1246,17 +1033,19 @@ def guidance(one, two, three):
             f"deepest seed below {two.even_snr['1x4 deepest']:.2g} and "
             f"{two.even_along['1x4 deepest']:.2g}. A random reset at P = {EXAMPLE_START} has "
             f"{two.at_example('1x4', 0.0):.2f} of GRPO's SNR, an exact one "
-            f"{two.at_example('1x4', 1.0):.2f}. Above P = 0.15 take GRPO."
+            f"{two.at_example('1x4', 1.0):.2f}."
         )
     if three is not None:
         guidance_of_map(three)
+    if four is not None:
+        guidance_of_luck(four)
 
 
 def guidance_of_map(table):
     """Accuracies that break even, and the starts at which a good localizer surely gains."""
-    for optimizer in GRIDS:
+    for optimizer in LRS:
         print(
-            f"- {optimizer}: the localizer accuracy at which resets break even, by steps / by "
+            f"- {optimizer}: the localizer accuracy that breaks even with GRPO, by steps / by "
             "generated thoughts:\n"
         )
         print_head(["start", *CHOICES], indent="  ")
@@ -1269,53 +1058,79 @@ def guidance_of_map(table):
                 texts.append(f"{by_steps} / {by_thoughts}")
             print_row([f"{start.rate:.3f}", *texts], indent="  ")
         print()
-    worth = []
-    for optimizer in GRIDS:
-        starts = []
-        for regime in REGIMES:
-            start = table[optimizer, regime]
-            if start.rows["first"][GOOD_Q].ratios["steps"].high < 1:
-                starts.append(f"{start.rate:.2f}")
-        text = f"starts of {', '.join(starts)}" if starts else "no start of the map"
-        worth.append(f"{optimizer}: {text}")
+    for choice in CHOICES:
+        worth = []
+        for optimizer in LRS:
+            starts = sure_gains(table, optimizer, choice)
+            worth.append(f"{optimizer}: {', '.join(starts) or 'none'}")
+        print(
+            f"- {choice}, localizer right in {GOOD_Q}: fewer generated thoughts than GRPO for sure "
+            f"(interval below 1) from starts of: {'; '.join(worth)}."
+        )
     print(
-        f"- At {GOOD_Q} accuracy and the first failure as seed, resets surely need fewer steps "
-        f"(interval below 1) at: {'; '.join(worth)}. So measure the pass rate and the localizer "
-        "first (`eval.py localization`). With a low pass rate and a good localizer take resets, "
-        "otherwise GRPO. The deepest seed is an idea that was tried here only."
+        "- So measure the pass rate and the localizer first (`eval.py localization`). The deepest "
+        "seed is an idea that was tried here only."
     )
 
 
-def draw_figure(one, two, three, out):
-    """Draws a panel for each of lessons 1 and 2, and one for each optimizer of lesson 3."""
-    n_panels = 0
+def sure_gains(table, optimizer, choice):
+    """Starts at which a good localizer needs fewer thoughts than GRPO, as texts."""
+    starts = []
+    for regime in REGIMES:
+        start = table[optimizer, regime]
+        cell = start.rows[choice][GOOD_Q]
+        if cell.sign in ("", "<") and cell.ratios["thoughts"].high < 1:
+            starts.append(f"{start.rate:.3f}")
+    return starts
+
+
+def guidance_of_luck(dials):
+    """Whether each method gains, by luck."""
+    print(
+        f"- Luck {', '.join(f'{luck:g}' for luck in LUCKS)}: + gain, - loss against GRPO, "
+        "0 neither for sure.\n"
+    )
+    print_head(["", *list(DIAL)[1:]], indent="  ")
+    for dial in dials:
+        texts = []
+        for row in dial.differences.values():
+            texts.append(" ".join(difference.sign for difference in row))
+        print_row([f"{dial.optimizer}, start {dial.start:.3f}", *texts], indent="  ")
+
+
+# Told apart by the colour-blind (Okabe and Ito).
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+
+
+def draw_figure(one, two, three, four, out):
+    """Draws a panel for each of lessons 1 and 2, two for lesson 3, two for 4: its lowest start."""
+    panels = []  # functions of a panel
     if one is not None:
-        n_panels += 1
+        panels.append(partial(draw_oracle_gain, gain=one))
     if two is not None:
-        n_panels += 1
+        panels.append(partial(draw_prompt_gradients, results=two))
     if three is not None:
-        n_panels += len(GRIDS)
-    if n_panels == 4:
-        figure = Figure(figsize=(15, 10.5), layout="constrained")
-        panels = iter(figure.subplots(2, 2).flat)
-    else:
-        figure = Figure(figsize=(6.5 * n_panels, 5), layout="constrained")
-        panels = iter(figure.subplots(1, n_panels, squeeze=False).flat)
-    if one is not None:
-        draw_oracle_gain(next(panels), one)
-    if two is not None:
-        draw_prompt_gradients(next(panels), two)
-    if three is not None:
-        for optimizer in GRIDS:
-            draw_map(next(panels), three, optimizer)
-    figure.savefig(out, dpi=120)
+        for optimizer in LRS:
+            panels.append(partial(draw_map, table=three, optimizer=optimizer))
+    if four is not None:
+        for dial in four[:: len(LUCK_REGIMES)]:
+            panels.append(partial(draw_dial, dial=dial))
+    rows = [panels[k : k + 2] for k in range(0, len(panels), 2)]
+    with rc_context({"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 11}):
+        figure = Figure(figsize=(8 * len(rows[0]), 5.6 * len(rows)), layout="constrained")
+        parts = figure.subfigures(len(rows), 1, squeeze=False).flat
+        for part, row in zip(parts, rows):
+            places = part.subplots(1, len(row), squeeze=False).flat
+            for place, draw_panel in zip(places, row):
+                draw_panel(place)
+        figure.savefig(out, dpi=90, pil_kwargs={"optimize": True})
 
 
 def draw_oracle_gain(panel, gain):
     """Lesson 1: what the oracle gains, over 1 / p."""
     x = 1 / np.array(RATES)
-    draw_exponent(panel, x, gain.improvement, "improvement, CARO / RR", "tab:blue")
-    draw_exponent(panel, x, gain.samples, "samples, RR / CARO", "tab:red")
+    draw_exponent(panel, x, gain.improvement, "improvement, CARO / RR", BLUE)
+    draw_exponent(panel, x, gain.samples, "samples, RR / CARO", RED)
     panel.set_title("1. Credit oracle against random resets")
     panel.set_xlabel("1 / p   (p: chance that a visited state is improvable)")
     panel.set_ylabel("what the oracle gains")
@@ -1323,7 +1138,7 @@ def draw_oracle_gain(panel, gain):
     panel.set_yscale("log")
     panel.set_xticks(x, [f"{v:.0f}" for v in x], minor=False)
     panel.minorticks_off()
-    panel.legend(fontsize=7)
+    panel.legend()
 
 
 def draw_exponent(panel, x, estimate, what, color):
@@ -1338,7 +1153,7 @@ def draw_exponent(panel, x, estimate, what, color):
 
 def draw_prompt_gradients(panel, results):
     """Lesson 2: signal to noise over localizer accuracy."""
-    colors = ("tab:red", "tab:orange", "tab:green", "tab:blue")
+    colors = (RED, ORANGE, GREEN, BLUE)
     for s, P in enumerate(STARTS):
         for name, style in (("1x4", "-o"), ("1x4 deepest", "--s")):
             label = f"{name}, pass rate {P}"
@@ -1346,66 +1161,95 @@ def draw_prompt_gradients(panel, results):
     panel.axhline(1, color="black", lw=1)
     panel.annotate("GRPO", (0.02, 1.02))
     panel.set_title("2. Gradient of one prompt, exact")
-    panel.set_xlabel("accuracy q of the localizer (0: RRPO)")
+    panel.set_xlabel("accuracy q of the localizer (0: random)")
     panel.set_ylabel("signal to noise (all directions), GRPO = 1")
-    panel.set_ylim(0, 1.5)
-    panel.legend(fontsize=7, ncols=2, loc="upper left")
+    panel.set_ylim(0, 1.65)
+    panel.legend(ncols=2, loc="upper left")
 
 
 def draw_map(panel, table, optimizer):
-    """Lesson 3: steps to TARGET as colors, by choice of the seed, start and localizer accuracy."""
+    """Lesson 3: thoughts to TARGET as colors, by method, start and localizer accuracy."""
     ratios = np.full((len(CHOICES) * len(REGIMES), len(QS)), np.nan)
     labels = []
     for choice, regime in product(CHOICES, REGIMES):
         start = table[optimizer, regime]
         row = len(labels)
-        labels.append(f"{choice} seed,\nstart {start.rate:.2f}")
+        labels.append(f"{choice}, {start.rate:.3f}")
         for q, cell in start.rows[choice].items():
             column = QS.index(q)
-            ratios[row, column] = cell.ratios["steps"].value
-            color = "white" if abs(np.log2(ratios[row, column])) > 0.8 else "black"
-            text = panel.text(column, row, map_text(cell), fontsize=9, color=color)
+            ratios[row, column] = cell.ratios["thoughts"].value
+            color = "white" if abs(np.log2(ratios[row, column])) > 1 else "black"
+            text = panel.text(column, row, map_text(cell), fontsize=11, color=color)
             text.set(ha="center", va="center")
-    image = panel.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-1.2, vmax=1.2, aspect="auto")
-    panel.set_title(f"3. {optimizer}: steps (thoughts) to a pass rate of {TARGET}, GRPO = 1")
-    panel.set_xlabel("accuracy q of the localizer (0: RRPO)")
+    image = panel.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+    panel.set_title(f"3. {optimizer}: thoughts (steps) to {TARGET}, GRPO = 1")
+    panel.set_xlabel("accuracy q of the localizer (0: random)")
+    panel.set_ylabel("method, start")
     panel.set_xticks(range(len(QS)), QS)
     panel.set_yticks(range(len(labels)), labels)
-    panel.axhline(len(REGIMES) - 0.5, color="black", lw=1.5)
-    bar = panel.figure.colorbar(image, ax=panel, ticks=[-1, 0, 1], shrink=0.8)
-    bar.ax.set_yticklabels(["half the steps", "as GRPO", "twice the steps"])
+    for k in range(1, len(CHOICES)):
+        panel.axhline(k * len(REGIMES) - 0.5, color="black", lw=1.5)
+    bar = panel.figure.colorbar(image, ax=panel, ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["1/4", "1/2", "as\nGRPO", "2 x", "4 x"])
 
 
 def map_text(cell):
     if cell.sign == "?":
         return "?"
-    steps = cell.ratios["steps"].value
     thoughts = cell.ratios["thoughts"].value
-    return f"{cell.sign}{steps:.2f}\n({cell.sign}{thoughts:.2f})"
+    steps = cell.ratios["steps"].value
+    return f"{cell.sign}{thoughts:.2f} ({steps:.2f})"
+
+
+def draw_dial(panel, dial):
+    """Lesson 4: pass rates over luck, with 95% bands over runs. Luck 0 is drawn at the left end."""
+    x = np.array(LUCKS)
+    x[0] = x[1] / 3
+    styles = ("-o", "-s", "--s", "-^", "--^")
+    colors = ("black", ORANGE, ORANGE, BLUE, BLUE)
+    for (name, rates), style, color in zip(dial.rates.items(), styles, colors):
+        mean = rates.mean(1)
+        half = 1.96 * rates.std(1) / math.sqrt(rates.shape[1])
+        panel.plot(x, mean, style, color=color, label=name)
+        panel.fill_between(x, mean - half, mean + half, color=color, alpha=0.2, lw=0)
+    thoughts = f"{dial.budget / 1e3:.0f}k thoughts"
+    panel.set_title(f"4. Luck: {dial.optimizer}, start {dial.start:.3f}, after {thoughts}")
+    panel.set_xlabel("luck: chance that a wrong response is rewarded")
+    panel.set_ylabel("pass rate (right responses)")
+    panel.set_xscale("log")
+    panel.set_xticks(x, [f"{luck:g}" for luck in LUCKS])
+    panel.minorticks_off()
+    panel.set_ylim(0, 1.3)
+    panel.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    panel.legend(ncols=3, loc="upper center")
+
+
+LESSONS = ["1", "2", "3", "4", "all"]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lesson", choices=["1", "2", "3", "all"], default="all")
+    parser.add_argument("--lesson", choices=LESSONS, default="all")
     parser.add_argument("--out", default="theory.png", help="the figure")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=6, help="lesson 3: runs of each cell")
-    parser.add_argument("--steps", type=int, default=200, help="lesson 3: training steps at most")
+    parser.add_argument("--seeds", type=int, default=10, help="lessons 3 and 4: runs")
+    parser.add_argument("--steps", type=int, default=300, help="lessons 3 and 4: steps at most")
     args = parser.parse_args(argv)
     if not Path(args.out).absolute().parent.is_dir():
         parser.error(f"--out {args.out}: its folder does not exist; make it first")
-    if args.seeds < 1 or args.steps < EVERY:
-        parser.error(f"lesson 3 needs --seeds of at least 1 and --steps of at least {EVERY}")
-    torch.set_num_threads(1)
-    one = two = three = None
+    if args.seeds < 1 or args.steps < 1:
+        parser.error("lessons 3 and 4 need --seeds and --steps of at least 1")
+    one = two = three = four = None
     if args.lesson in ("1", "all"):
         one = lesson1(args.seed)
     if args.lesson in ("2", "all"):
         two = lesson2()
     if args.lesson in ("3", "all"):
-        three = lesson3(args.seed, args.seeds, args.steps)
-    guidance(one, two, three)
-    draw_figure(one, two, three, args.out)
+        three = lesson3(plan_of(args, 3))
+    if args.lesson in ("4", "all"):
+        four = lesson4(plan_of(args, 4))
+    guidance(one, two, three, four)
+    draw_figure(one, two, three, four, args.out)
 
 
 if __name__ == "__main__":
