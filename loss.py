@@ -118,6 +118,11 @@ class Weighted:
         return self.trained.index(True) if True in self.trained else 0
 
     @property
+    def own_length(self) -> int:
+        """Tokens from the first trained one on."""
+        return len(self.rollout.token_ids) - self.start
+
+    @property
     def context(self) -> tuple[int, ...]:
         """Token ids before the first trained one: the prompt and, if it is masked, the prefix."""
         prompt_ids = self.rollout.trained_prompt or self.rollout.prompt_ids
@@ -348,10 +353,16 @@ def micro_batches(items: list[Weighted], size: int, rank: int, ranks: int) -> li
     no rollout of the last block runs one in which no token is trained.
     """
 
-    def order(item):  # similar lengths together: little padding; then groups: shared contexts
+    def by_context(item):  # groups stay together: each context runs once
         return len(item.context), item.rollout.group
 
-    items = sorted(items, key=order)
+    def by_length(item):  # little padding, where the responses of a group differ in length
+        return item.own_length, len(item.context), item.rollout.group
+
+    def cost(order):
+        return sum(computed(order[at : at + size]) for at in range(0, len(order), size))
+
+    items = min(sorted(items, key=by_context), sorted(items, key=by_length), key=cost)
     mine = []
     for at in range(0, len(items), size * ranks):
         block = items[at : at + size * ranks]
@@ -363,6 +374,13 @@ def micro_batches(items: list[Weighted], size: int, rank: int, ranks: int) -> li
             part = [Weighted(rollout, [0.0] * n, [False] * n)]
         mine.append(part)
     return mine
+
+
+def computed(part: list[Weighted]) -> int:
+    """Tokens that a micro-batch runs, padding included: its distinct contexts, then its rows."""
+    contexts = {item.context for item in part}
+    longest = max(item.own_length for item in part)
+    return len(contexts) * max(map(len, contexts)) + len(part) * longest
 
 
 def demo() -> None:

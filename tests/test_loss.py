@@ -29,6 +29,7 @@ from loss import (
     chosen_logps,
     collate,
     hidden_of_rows,
+    micro_batches,
     set_advantages,
     surrogate,
     through_head,
@@ -694,10 +695,11 @@ def test_tokens_in_the_trainer_are_those_of_the_formula(policy, program):
 
     So nothing is run again for each row: not the prompt, not a prefix.
     """
-    in_trainer = []
+    in_trainer, computed = [], []
 
     def note(module, args, kwargs, out):
         in_trainer.append(int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum()))
+        computed.append(kwargs["input_ids"].numel())
 
     tasks = policy.tasks(4, 4, "verifier", base=4 if program is resets else 8)
     rollouts = []
@@ -713,9 +715,46 @@ def test_tokens_in_the_trainer_are_those_of_the_formula(policy, program):
     once = sum(map(len, states))
     handle = policy.model.base_model.register_forward_hook(note, with_kwargs=True)
     sums = whole_step(policy, rollouts, micro_batch=1000)
-    handle.remove()
     assert sum(in_trainer) == once + per_rollout
     assert sums.tokens == per_rollout
+    computed.clear()
+    whole_step(policy, rollouts, micro_batch=8)
+    handle.remove()
+    assert sum(computed) <= 1.05 * (once + per_rollout)  # padding too
+
+
+def test_long_responses_do_not_pad_the_short_ones_of_their_group():
+    """Computed tokens, padding included, stay near the real ones; each rollout runs once.
+
+    Long contexts are not run again for that.
+    """
+
+    def items_of(prompt_length):
+        items = []
+        for i in range(64):
+            n = 200 if i % 8 == 0 else 20
+            prompt_ids = [1 + i // 8] * prompt_length
+            rollout = Rollout(0, "base", prompt_ids, [5] * n, [0.0] * n, [n], "eos")
+            rollout.group = (i // 8, 0)
+            items.append(Weighted(rollout, [0.1] * n, [True] * n))
+        return items
+
+    def tokens_and_rows(items, ranks=1):
+        batches = []
+        for rank in range(ranks):
+            for part in micro_batches(items, 8 // ranks, rank, ranks):
+                batches.append(collate(part, pad_id=0))
+        tokens = sum(b.contexts.numel() + b.tokens.numel() for b in batches)
+        return tokens, sum(len(b.tokens) for b in batches)
+
+    short_prompts, long_prompts = items_of(4), items_of(4000)
+    real = 8 * 200 + 56 * 20
+    for ranks in (1, 2):
+        tokens, rows = tokens_and_rows(short_prompts, ranks)
+        assert rows == 64
+        assert tokens <= 1.1 * (8 * 4 + real)  # whole groups: 64 rows of 200
+    tokens, _ = tokens_and_rows(long_prompts)
+    assert tokens == 8 * 4000 + 64 * 200
 
 
 def test_the_head_runs_only_on_trained_tokens(policy, step):

@@ -21,6 +21,7 @@ from data.driver import run_programs
 from data.metrics import step_metrics
 from data.programs import load_program
 from data.runs import CONTENTS, append, name_of, read_run
+from data.tasks import load_problems
 from rollout import Rollout, records_of
 
 SRPO = [sys.executable, str(ROOT / "srpo.py")]
@@ -455,6 +456,24 @@ def test_an_older_run_is_pooled_with_no_other(tmp_path, uninterrupted):
         (folder / "config.json").write_text(json.dumps(config))
         names.add(name_of(read_run(folder)))
     assert len(names) == 3
+
+
+@pytest.mark.parametrize("source", ["chain-3", "english-2-4"])
+def test_the_first_held_out_problems_are_made_and_no_others(monkeypatch, source):
+    """They are those that a run with more of them begins with."""
+    made = []
+
+    def load(source, seed, **n):
+        made.append(len(problems := load_problems(source, seed, **n)))
+        return problems
+
+    monkeypatch.setattr(srpo, "load_problems", load)
+    few, more = [
+        srpo.load_data(srpo.Config(train_data="chain-2", eval_data=source, eval_problems=n))[1]
+        for n in (8, 16)
+    ]
+    assert made == [4096, 8, 4096, 16]
+    assert [p.to_json() for p in few] == [p.to_json() for p in more[:8]]
 
 
 def test_the_embedded_policy_by_its_name_and_by_its_folder():
