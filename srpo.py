@@ -695,7 +695,7 @@ def main(argv: list[str]) -> None:
             time.sleep(30)
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
-    parallel.disconnect()
+    parallel.end_program()
 
 
 if __name__ == "__main__":
