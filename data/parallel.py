@@ -68,13 +68,28 @@ def connect() -> tuple[torch.device, bool]:
     if sharded and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         patience = timedelta(hours=2)  # a phase of sampling may be that uneven
-        if processes() > 1:
-            dist.init_process_group(backend, timeout=patience)
-        else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, timeout=patience, store=store, rank=0, world_size=1)
+        store = store_of_agent() if processes() > 1 else dist.HashStore()
+        store.set_timeout(patience)
+        places = dict(rank=rank(), world_size=processes())
+        dist.init_process_group(backend, timeout=patience, store=store, **places)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     return device, sharded
+
+
+JOIN = timedelta(minutes=1)  # torchrun's agent listens before it starts a process
+
+
+def store_of_agent() -> dist.Store:
+    """The store through which processes find each other. Raises UserError if nobody serves it.
+
+    Then the agent ended while this process imported torch, too early for `end_with_parent`.
+    """
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=JOIN))
+    except dist.DistNetworkError as fault:
+        reason = str(fault).partition("\n")[0][:200]
+        raise UserError(f"torchrun's agent does not answer ({reason}); start torchrun again")
+    return store
 
 
 PARENT = os.getppid()  # who started this process: torchrun's agent, in a run of several

@@ -5,10 +5,12 @@ import json
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from test_run import files_of, lines_of, refused, run_here
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from conftest import POLICY, ROOT
-from data import policies, runs
+from data import parallel, policies, runs
 from data.faults import UserError
 
 TINY = (
@@ -129,6 +131,19 @@ def test_a_process_ends_with_the_agent_that_started_it():
     start = time.monotonic()
     parent.communicate(timeout=90)  # returns when the child has closed the pipe too
     assert time.monotonic() - start < 60
+
+
+def test_a_process_whose_agent_ended_before_it_could_notice(monkeypatch):
+    """It does not wait for hours where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    about = dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    for name, value in about.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(parallel, "JOIN", timedelta(seconds=1))
+    with pytest.raises(UserError, match="torchrun's agent does not answer .*start torchrun again"):
+        parallel.store_of_agent()
 
 
 TWICE = """
