@@ -47,7 +47,7 @@ from data.driver import run_programs
 from data.faults import UserError, counters
 from data.labelled import is_labelled, load_labelled, sample_labelled
 from data.lines import write_lines, write_text
-from data.parallel import connect, disconnect, on_main, processes, rank
+from data.parallel import connect, end_program, on_main, processes, rank
 from data.policies import encode_all, encode_prompt, load_policy
 from data.problems import Problem, digest
 from data.runs import append
@@ -551,7 +551,7 @@ def main(argv: list[str]) -> None:
     add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
     args = parser.parse_args(argv)
     args.function(args)
-    disconnect()
+    end_program()
 
 
 def add_command(commands, function):

@@ -56,7 +56,7 @@ from data.faults import UserError, counters
 from data.metrics import Clock, Sums, Update, load_tracker, step_metrics, update_metrics
 from data.parallel import gather, on_main, processes, rank, whole_weights
 from data.problems import Problem
-from data.programs import load_program, trained_rollouts
+from data.programs import load_program, source_of, trained_rollouts
 from data.settings import (
     Amount,
     Bounds,
@@ -74,7 +74,7 @@ from data.verifiers import DELIMITER, KINDS, check_machine
 from eval import evaluate
 from localize import LOCALIZERS, check_localizer
 from loss import backward, chosen_logps, set_advantages, weigh
-from rollout import Engine, Rollout, Task, make_engine, records_of
+from rollout import PROGRAMS, Engine, Rollout, Task, make_engine, records_of
 
 # torch warns when a single process saves a checkpoint; that is intended here
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -468,7 +468,10 @@ def set_up(cfg: Config) -> Training:
     context = min(cfg.context or longest, longest)
     train_prompts = policies.encode_all(tokenizer, train_problems, context, cfg.train_data)
     eval_prompts = policies.encode_all(tokenizer, eval_problems, context, cfg.eval_data)
-    origin = origin_of(cfg, train_problems, eval_problems, policies.fingerprint(model, tokenizer))
+    policy = policies.fingerprint(model, tokenizer)
+    if cfg.lora_rank:  # a checkpoint then lacks the base
+        policy["base weights"] = policies.digest_of_weights(model)
+    origin = origin_of(cfg, program, policy, train_problems, eval_problems)
     if last_checkpoint:
         on_main(runs.check_origin, last_checkpoint, origin, cfg.allow_changes)
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -533,11 +536,15 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     return train_problems, eval_problems
 
 
-def origin_of(cfg: Config, train_problems, eval_problems, policy: dict) -> runs.Origin:
+def origin_of(
+    cfg: Config, program: Callable, policy: dict, train_problems, eval_problems
+) -> runs.Origin:
     """What the run is a function of. policy: policies.fingerprint of it."""
     fixed = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
     del fixed["out_dir"]
     inputs = dict(policy)
+    if cfg.method not in PROGRAMS:
+        inputs["file of --method"] = source_of(program)
     inputs["training problems"] = [(p.question, p.answer, p.kind, p.tests) for p in train_problems]
     inputs["held-out problems"] = [(p.question, p.answer, p.kind, p.tests) for p in eval_problems]
     return runs.Origin(fixed, {name: runs.digest_of(inputs[name]) for name in inputs})
@@ -705,7 +712,7 @@ def main(argv: list[str]) -> None:
             time.sleep(30)
         print(f"srpo.py: {fault}", file=sys.stderr)
         sys.exit(2)
-    parallel.disconnect()
+    parallel.end_program()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ weights.
 
 `torchrun` starts the processes; without it there is one, and every function here still works.
 
-    connect() joins them, and lets them end with torchrun's agent;
+    connect() joins them, and lets them end with torchrun's agent; end_program() ends all of them;
     rank() 0 writes files and prints; gather(x) gives every process what each one has;
     on_main(f) runs f once, on rank 0; shard(model, ...) splits parameters, gradients and optimizer
     state (FSDP2); whole_weights(model) names them as a Hugging Face checkpoint does.
@@ -17,7 +17,6 @@ import ctypes
 import os
 import signal
 import sys
-import time
 from datetime import timedelta
 from types import MethodType
 from typing import Callable, Iterator
@@ -69,13 +68,28 @@ def connect() -> tuple[torch.device, bool]:
     if sharded and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         patience = timedelta(hours=2)  # a phase of sampling may be that uneven
-        if processes() > 1:
-            dist.init_process_group(backend, timeout=patience)
-        else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, timeout=patience, store=store, rank=0, world_size=1)
+        store = store_of_agent() if processes() > 1 else dist.HashStore()
+        store.set_timeout(patience)
+        places = dict(rank=rank(), world_size=processes())
+        dist.init_process_group(backend, timeout=patience, store=store, **places)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     return device, sharded
+
+
+JOIN = timedelta(minutes=1)  # torchrun's agent listens before it starts a process
+
+
+def store_of_agent() -> dist.Store:
+    """The store through which processes find each other. Raises UserError if nobody serves it.
+
+    Then the agent ended while this process imported torch, too early for `end_with_parent`.
+    """
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=JOIN))
+    except dist.DistNetworkError as fault:
+        reason = str(fault).partition("\n")[0][:200]
+        raise UserError(f"torchrun's agent does not answer ({reason}); start torchrun again")
+    return store
 
 
 PARENT = os.getppid()  # who started this process: torchrun's agent, in a run of several
@@ -95,16 +109,22 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def disconnect() -> None:
-    """Leaves the group at the end of a program: a process that just ends can take others down.
+def end_program() -> None:
+    """Ends a program that succeeded: leaves the group, and one of several processes ends here.
 
-    vLLM closes its groups, and ours, itself.
+    It ends without Python's own end. destroy_process_group does not stop Gloo's threads, because
+    torch keeps references to the group once a model was sharded. Such a thread may still hold the
+    tensors of the last collective; if it drops them while Python ends, the process aborts. So files
+    must be closed and trackers finished before. vLLM closes its groups, and ours, itself.
     """
-    if dist.is_initialized() and "vllm" not in sys.modules:
-        barrier()
-        # Some processes abort here, seldom, under load. A guess: others are still in the barrier.
-        time.sleep(0.5)
-        dist.destroy_process_group()
+    if not dist.is_initialized() or "vllm" in sys.modules:
+        return
+    barrier()  # a process that just ends can take others down
+    dist.destroy_process_group()
+    if processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def gather(mine) -> list:
@@ -216,3 +236,4 @@ def adapter_delta(layer) -> torch.Tensor:
 if __name__ == "__main__":
     device, sharded = connect()
     print(f"process {rank()} of {processes()} on {device}, sharded: {sharded}; {gather(rank())}")
+    end_program()

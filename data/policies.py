@@ -9,6 +9,7 @@ Left out: few-shot prompts and system messages.
 Try it alone:  python -m data.policies    # the prompt of a problem, as the embedded policy reads it
 """
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -181,7 +182,8 @@ def check_saving(model, tokenizer, name: str) -> None:
 def fingerprint(model, tokenizer) -> dict[str, str]:
     """What tells this policy apart for --resume: name of a part -> its content as text.
 
-    Not the weights: a checkpoint holds them. Not what changes with the machine or the library.
+    Not the weights: a checkpoint holds those that are trained (the others: digest_of_weights). Not
+    what changes with the machine or the library.
     """
     config = model.config.to_diff_dict()
     for key in ("transformers_version", "dtype"):
@@ -190,6 +192,15 @@ def fingerprint(model, tokenizer) -> dict[str, str]:
     if tokenizer.is_fast:
         tokens.append(tokenizer.backend_tokenizer.to_str())
     return {"model config": repr(config), "tokenizer": repr(tokens)}
+
+
+def digest_of_weights(model) -> str:
+    """SHA-256 of a model's parameters, rounded to bf16: a GPU loads them so, a CPU in float32."""
+    sha = hashlib.sha256()
+    for parameter in model.parameters():
+        rounded = parameter.detach().to("cpu", torch.bfloat16)
+        sha.update(rounded.flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def check_head(model, name: str) -> None:

@@ -56,6 +56,11 @@ def load_program(method: str) -> Callable:
     return function
 
 
+def source_of(program: Callable) -> str:
+    """The text of the file that a program is in; --resume compares it."""
+    return Path(inspect.getsourcefile(program)).read_text("latin-1")  # which decodes every file
+
+
 def trained_rollouts(method: str, sampled: Sampled) -> list[Rollout]:
     """What the programs of a step returned, in one list. Raises UserError for what cannot be
     trained.

@@ -339,7 +339,9 @@ def check_origin(checkpoint: Path, now: Origin, allow_changes: bool) -> None:
         if name in then.settings and then.settings[name] != value:
             changes.append(f"{name} was {then.settings[name]!r} and is {value!r}")
     for name, sha in now.inputs.items():
-        if then.inputs.get(name) != sha:
+        if name not in then.inputs:
+            print(f"{checkpoint}: of an older version; nothing tells whether the {name} changed")
+        elif then.inputs[name] != sha:
             changes.append(f"the {name} changed")
     if changes and not allow_changes:
         raise UserError(

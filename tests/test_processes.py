@@ -79,6 +79,8 @@ sys.path.insert(0, {root!r})
 import srpo
 for job in {jobs!r}:
     srpo.train(srpo.parse(job))
+srpo.parallel.end_program()
+sys.exit("Python's own end, in which Gloo's threads may abort")
 """
 
 

@@ -5,10 +5,12 @@ import json
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from test_run import files_of, lines_of, refused, run_here
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from conftest import POLICY, ROOT
-from data import policies, runs
+from data import parallel, policies, runs
 from data.faults import UserError
 
 TINY = (
@@ -129,6 +131,19 @@ def test_a_process_ends_with_the_agent_that_started_it():
     start = time.monotonic()
     parent.communicate(timeout=90)  # returns when the child has closed the pipe too
     assert time.monotonic() - start < 60
+
+
+def test_a_process_whose_agent_ended_before_it_could_notice(monkeypatch):
+    """It does not wait for hours where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    about = dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    for name, value in about.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(parallel, "JOIN", timedelta(seconds=1))
+    with pytest.raises(UserError, match="torchrun's agent does not answer .*start torchrun again"):
+        parallel.store_of_agent()
 
 
 TWICE = """
@@ -241,6 +256,41 @@ def test_another_model_has_another_fingerprint(tmp_path, file, change, part):
     edit(tmp_path / file, **change)
     other = policies.fingerprint(*policies.load_policy(tmp_path))
     assert [name for name in same if same[name] != other[name]] == [part]
+
+
+def test_a_changed_method_file_is_noticed(capsys, tmp_path):
+    file, out = tmp_path / "idea.py", tmp_path / "run"
+    file.write_text(
+        "from rollout import grpo\n\ndef idea(task):\n    return (yield from grpo(task))\n"
+    )
+    flags = ["--train_data", "chain-3", "--method", f"{file}:idea"]
+    run_here(*TINY, *flags, "--steps", "1", "--out_dir", out)
+    file.write_text(file.read_text() + "# changed\n")
+    line = refused(capsys, "--resume", out, "--steps", "2")
+    assert "the file of --method changed" in line and "--allow_changes true" in line
+    run_here("--resume", out, "--steps", "2", "--allow_changes", "true")
+    assert steps_of(out) == [0, 1, 2]
+
+
+def test_the_base_of_adapters_has_a_digest(capsys, run, tmp_path):
+    """A checkpoint of adapters lacks the base's weights: another base would be another run."""
+    model, _ = policies.load_policy(POLICY)
+    digest = policies.digest_of_weights(model)
+    assert digest == policies.digest_of_weights(model.bfloat16())
+    with torch.no_grad():
+        model.get_output_embeddings().weight[-1, -1] += 1
+    assert policies.digest_of_weights(model) != digest
+    flags = ["--train_data", tmp_path / "data.jsonl", "--lora_rank", "2"]
+    run_here(*TINY, *flags, "--out_dir", tmp_path / "adapted")
+    newest = tmp_path / "adapted" / "checkpoints" / "step_2"
+    inputs = json.loads((newest / "origin.json").read_text())["inputs"]
+    assert inputs["base weights"] == runs.digest_of(digest)
+    now = runs.Origin({}, inputs | {"base weights": policies.digest_of_weights(model)})
+    with pytest.raises(UserError, match="the base weights changed; put that back"):
+        runs.check_origin(newest, now, allow_changes=False)
+    runs.check_origin(run / "checkpoints" / "step_2", now, allow_changes=True)
+    said = capsys.readouterr().out
+    assert "of an older version; nothing tells whether the base weights changed" in said
 
 
 def test_edited_settings(capsys, run):
