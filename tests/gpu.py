@@ -9,6 +9,7 @@
 
     bash tests/gpu.sh                         # all; makes sure of the environment first
     bash tests/gpu.sh --only run engine
+    bash tests/gpu.sh --patience 4            # a slow or busy machine: four times all limits
 
 Each check is a process of its own with a time limit. One that fails does not stop the others; the
 exit code is 1 if any failed. Without a GPU the same checks run on the CPU with small shapes, and
@@ -122,7 +123,7 @@ def check_shards(report: Report, out: Path) -> None:
         difference = (whole(p.grad) - exact[name]).norm() / exact[name].norm()
         worst = max(worst, difference.item())
     what = f"gradient of shards computed in {'bf16' if CUDA else 'float32'}, beside float32 whole"
-    report.add(what, f"{worst:.1%} of its norm, at worst", "at most 15%")
+    report.add(what, f"off by {worst:.2g} of its norm, at worst", "at most 0.15")
     require(worst < 0.15, f"the gradient of shards is off by {worst:.1%}")
     dist.destroy_process_group()
 
@@ -167,7 +168,7 @@ def gap_to_trainer(model, rollouts: list[Rollout], pad_id: int) -> float:
 # --------------------------------------------------------------------------------------- a real run
 
 RUN = (
-    "--engine hf --method grpo --steps 4 --save_every 2 --eval_every 0 --eval_problems 16 "
+    "--engine hf --steps 4 --save_every 2 --eval_every 0 --eval_problems 16 "
     "--train_data chain-4 --eval_data chain-4 --prompts_per_step 16 --rollouts_every 1"
 )
 
@@ -195,9 +196,9 @@ def check_run(report: Report, out: Path) -> None:
         report.add(f"resumed: {name}", "the same" if equal else "DIFFERENT", "the same on a CPU")
     require(CUDA or all(same.values()), "the resumed run is another one")
     report.add("largest gap, nats", f"{max(line['gap'] or 0 for line in lines):.2g}")
-    for phase in lines[0]["seconds"]:
+    for phase in {phase: None for line in lines for phase in line["seconds"]}:
         seconds = [line["seconds"].get(phase, 0.0) for line in lines]
-        shown = f"{seconds[0]:.2f}, then {sum(seconds[1:]) / 3:.2f}"
+        shown = f"{seconds[0]:.2f} in the first, then {sum(seconds[1:]) / 3:.2f}"
         report.add(f"seconds of a step: {phase}", shown)
 
 
@@ -297,7 +298,8 @@ def check_train(name: str, report: Report, out: Path) -> None:
     device, sharded = connect()
     model = random_qwen(shape)
     parameters = sum(p.numel() for p in model.parameters())
-    report.add("shape", f"{parameters / 1e9:.3f} G parameters, {R} rows of {prompt} + {length}")
+    size = f"{parameters / 1e6:.1f} M parameters, {R} rows of {prompt} + {length} tokens"
+    report.add("shape", size if CUDA else f"a small one instead: {size}")
     once = operations(model, [Span(0, prompt)] + [Span(prompt, prompt + length)] * R, R * length)
     cfg = Config(grad_checkpointing=True, micro_batch=R).resolve()
     prepare(model, cfg, device, sharded)
@@ -319,7 +321,8 @@ def check_train(name: str, report: Report, out: Path) -> None:
     report.add("a step", f"{seconds:.2f} s, {R * length / seconds:.0f} trained tokens a s")
     rate = matrix_rate(device)
     found = f"{3 * once / seconds / rate:.0%} of {rate / 1e12:.2g} TFLOP/s"
-    report.add("utilisation, recomputation not counted", found, "on paper 30%: 40% with it")
+    expected = "on paper 30%: 40% with it" if CUDA else ""
+    report.add("share of the matrix rate, recomputation not counted", found, expected)
     if not CUDA:
         report.add("memory", "not measured: a CPU has no counter of its peak")
         return
@@ -466,13 +469,13 @@ def run_checks(names: list[str], out: Path, patience: float) -> list[Ended]:
 
 
 def table(names: list[str], ends: list[Ended], out: Path) -> str:
-    """A line for all that each check found, and one for how it ended."""
+    """For each check a line that says how it ended, and one for each thing that it found."""
     lines = ["| check | what | found | expected |", "|---|---|---|---|"]
     for name, end in zip(names, ends):
+        state = f"**{end.state}** {end.why.replace('|', '/')}".strip()
+        lines.append(f"| {name} | all of it, in {end.seconds:.0f} s | {state} | |")
         for what, found, expected in Report(out / f"{name}.jsonl").lines():
             lines.append(f"| {name} | {what} | {found} | {expected} |")
-        state = f"**{end.state}** {end.why.replace('|', '/')}".strip()
-        lines.append(f"| {name} | all of it, in {end.seconds:.0f} s | {state} | ok |")
     return "\n".join(lines)
 
 
