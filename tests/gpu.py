@@ -196,7 +196,10 @@ def check_run(report: Report, out: Path) -> None:
         report.add(f"resumed: {name}", "the same" if equal else "DIFFERENT", "the same on a CPU")
     require(CUDA or all(same.values()), "the resumed run is another one")
     report.add("largest gap, nats", f"{max(line['gap'] or 0 for line in lines):.2g}")
-    for phase in {phase: None for line in lines for phase in line["seconds"]}:
+    phases = {}
+    for line in lines:
+        phases |= line["seconds"]
+    for phase in phases:
         seconds = [line["seconds"].get(phase, 0.0) for line in lines]
         shown = f"{seconds[0]:.2f} in the first, then {sum(seconds[1:]) / 3:.2f}"
         report.add(f"seconds of a step: {phase}", shown)

@@ -567,13 +567,13 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def footer(argv: list[str], rates: list[Cost], remarks: list[str]) -> list[str]:
+def footer(argv: list[str], commit: str, rates: list[Cost], remarks: list[str]) -> list[str]:
     """Command, machine, versions and date: what the table is of."""
     rate = np.median([cost.operations / cost.seconds for cost in rates]) / 1e9
     command = " ".join(["python -m tests.speed", *argv])
     return [
         "",
-        f"`{command}`, {time.strftime('%d %B %Y')}, commit {commit()}, one thread of "
+        f"`{command}`, {time.strftime('%d %B %Y')}, commit {commit}, one thread of "
         f"{machine()} ({rate:.0f} GFLOP/s in float32), torch {version('torch')}, "
         f"transformers {version('transformers')}.",
         *remarks,
@@ -609,6 +609,7 @@ def contenders_of(piece: str, args, folder: str) -> list[Callable]:
 
 def measure(args) -> list[str]:
     """The lines of the report: the table, and what it is of."""
+    measured_commit = commit()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that `start` times
     rows, rates = [], []
@@ -621,7 +622,7 @@ def measure(args) -> list[str]:
     remarks = []
     if not find_spec("trl"):
         remarks.append("TRL is not installed here: `pip install trl`, and it is measured too.")
-    return [HEADER, *rows, *footer(args.argv, rates, remarks)]
+    return [HEADER, *rows, *footer(args.argv, measured_commit, rates, remarks)]
 
 
 def renew(page: Path, report: str) -> None:
