@@ -30,6 +30,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -365,7 +366,7 @@ def check_vllm(report: Report, out: Path) -> None:
     flags = "--engine vllm --method grpo --prompts_per_step 16 --train_data chain-4 --eval_data"
     flags += " chain-4 --eval_problems 4 --engine_memory 0.3 --max_rows 128"
     run = set_up(parse([*flags.split(), "--out_dir", str(out / "vllm_run")]))
-    report.add("version", version("vllm"))
+    report.add("version", import_module("vllm").__version__)
     for step in range(3):
         tasks = tasks_of_step(run, step)
         clock = Clock()
@@ -379,8 +380,8 @@ def check_vllm(report: Report, out: Path) -> None:
         asleep = used_gb()
         metrics = update_metrics(update_policy(run, rollouts, clock))
         require(metrics["gap"] is not None, "a step of flat groups: nothing was trained")
-        seconds = {phase: round(s, 2) for phase, s in clock.seconds.items()}
-        report.add(f"step {step + 1}: seconds (sync: wake-up and new weights)", str(seconds))
+        seconds = ", ".join(f"{phase} {s:.2f}" for phase, s in clock.seconds.items())
+        report.add(f"step {step + 1}: seconds (sync: wake-up and new weights)", seconds)
         found = f"{before:.1f} awake, {asleep:.1f} asleep, {used_gb():.1f} awake again"
         report.add(f"step {step + 1}: GB of the GPU in use", found if CUDA else "no GPU")
         report.add(f"step {step + 1}: gap, nats", f"{metrics['gap']:.2g}", f"at most {GAP}")

@@ -307,17 +307,21 @@ class Generate:
 
 
 def vllm_contender(work: Workload, folder: str) -> Callable:
+    """Here a row that ends its text is over: vLLM looks for that itself."""
     work.model.save_pretrained(folder)
     work.tokenizer.save_pretrained(folder)
-    settings = dict(context=work.model.config.max_position_embeddings, max_rows=256)
-    engine = make_engine("vllm", folder, work.model, work.tokenizer, **settings)
-    engine.vocabulary.eos = set()
+    context = work.model.config.max_position_embeddings
+    engine = make_engine("vllm", folder, work.model, work.tokenizer, context, max_rows=256)
 
-    def sample():
+    def sample() -> Costs:
         engine.llm.reset_prefix_cache()
-        engine.sample(work.requests())
+        start = time.process_time()
+        rollouts = list(chain(*engine.sample(work.requests())))
+        seconds = time.process_time() - start
+        tokens = sum(rollout.generated for rollout in rollouts)
+        return {f"{work.name}, sampling: vLLM": Cost(seconds, tokens)}
 
-    return partial(one_cost, f"{work.name}, sampling: vLLM", sample, 0.0, work.tokens)
+    return sample
 
 
 # ---------------------------------------------------------------------------------------------- TRL
