@@ -3,8 +3,8 @@
 Training: the rollouts of a base group share their prompt, those of a suffix group their reset
 state. `loss.py` can run each row whole (`hidden_of_rows`, the plain way). This file gives the same
 hidden states, but runs each distinct context once; the gradient reaches it through its keys and
-values. Whole rows take 1.3 times as long on the default step, whose contexts are short
-(`python -m tests.speed --engine hf`).
+values. Whole rows take 1.2 times as long on base groups of the embedded policy, whose prompts are
+short (`python -m tests.speed --only embedded`).
 
 Sampling with transformers on a CPU: its own cache copies all keys and values for each new token
 (`RoomyLayer` has room for more), and its attention copies them once for each query head (`attend`

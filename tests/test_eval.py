@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import speed
 from test_verifiers import Words
 
 import eval as evaluation
@@ -107,12 +106,6 @@ def test_markdown():
 def test_not_a_run(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         evaluation.main(["curves", str(tmp_path)])
-
-
-def test_throughput_runs(capsys):
-    flags = "--engine hf --data chain-2 --problems 4 --samples 2 --repeats 1"
-    speed.main(flags.split())
-    assert "hf engine / generate:" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- benchmarks

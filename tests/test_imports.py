@@ -57,7 +57,7 @@ LAYERS = [
         "tests/walk_gain.py",
         "tests/conftest.py",
     ],
-    ["tests/answers.py"],
+    ["tests/answers.py", "tests/gpu.py"],
     # these may also import each other
     ["tests/test_*.py"],
 ]

@@ -3,12 +3,12 @@
 import importlib
 import json
 import re
-from dataclasses import dataclass
 
 import pytest
 
 import srpo
 from conftest import ROOT
+from tests.gpu import SHAPES, Shape, on_paper
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "tests" / "README.md").read_text()
@@ -69,52 +69,17 @@ def test_every_linked_file_exists(path):
 # ---------------------------------------------------------------------------- memory, on paper
 
 
-@dataclass
-class Shape:
-    """A model of the Qwen2.5 family."""
-
-    P: float  # parameters
-    layers: int
-    d: int
-    d_ff: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    V: int  # vocabulary
-    tied: bool  # are the embeddings the head?
-
-
-SHAPES = {
-    "0.5B": Shape(0.494e9, 24, 896, 4864, 14, 2, 64, 151936, True),
-    "1.5B": Shape(1.544e9, 28, 1536, 8960, 12, 2, 128, 151936, True),
-    "7B": Shape(7.616e9, 28, 3584, 18944, 28, 4, 128, 152064, False),
-    "14B": Shape(14.77e9, 48, 5120, 13824, 40, 8, 128, 152064, False),
-}
 GPU = 80e9  # bytes
 VLLM = 0.5 * GPU
 USABLE = 76e9  # the rest is what a framework takes
-R, L = 4, 5632  # rows of a micro-batch, tokens of a row
-CHUNK = 4096  # tokens of a call of the head
-RANK = 64  # of the adapters
 
 
 def memory(shape: Shape, N: int) -> str | None:
     """The cell of the table for N GPUs, by the formulas above it; None where nothing fits."""
     s = shape
-    E = s.V * s.d * (1 if s.tied else 2)
-    P_layer = (s.P - E) / s.layers
-    r = RANK * s.layers * (4 * s.d + 2 * (s.d + s.kv_heads * s.head_size) + 3 * (s.d + s.d_ff))
-    recomputed = 6 * s.d + 2 * (s.heads + 2 * s.kv_heads) * s.head_size + 4 * s.d_ff
-    activations = 2 * R * L * (s.layers * s.d + recomputed) + 12 * CHUNK * s.V
     cache = (VLLM - 2 * s.P) / (4 * s.layers * s.kv_heads * s.head_size)
-    ways = {
-        "all weights": (12 * s.P / N, 16 * s.P / N + 8 * E + 10 * P_layer + activations),
-        "LoRA": (
-            (2 * s.P + 12 * r) / N,
-            (2 * s.P + 16 * r) / N + 2 * E + 4 * P_layer + activations,
-        ),
-    }
-    for way, (sampling, training) in ways.items():
+    for way, bytes in on_paper(s, N).items():
+        sampling, training = bytes.sampling, bytes.training
         if sampling + VLLM < USABLE and training < USABLE:
             return f"{way} {sampling / 1e9:.0f} / {training / 1e9:.0f} ({cache / 1e3:,.0f}k)"
     return None
