@@ -96,17 +96,16 @@ CONTROLS = (
     "no walk, walk at random, walk exact, walk half, success alone, true solution, "
     "chained groups, more samples"
 ).split(", ")
-SWEPT = "grpo, walk, srpo, rrpo, grpo clipped twice, srpo clipped twice, srpo 1x8".split(", ")
+CLIPPED = ["grpo clipped twice", "srpo clipped twice", "srpo 1x8"]
 LATER = ["srpo response length", "corrections", "vineppo", "spo_tree"]
 HARD = "chain-12-below-4e-4"
 SLICES = {
-    "sweep": Slice(SWEPT, "chain-12", range(100, 102), 40),
+    "sweep": Slice(["grpo", "walk", "srpo", "rrpo"], "chain-12", range(100, 102), 40),
     "default": Slice(["grpo", "srpo", "walk", "rrpo"], "chain-12", range(5), 60),
     "hard": Slice(["srpo", "walk"], HARD, range(5), 60),
     "hard-grpo": Slice(["grpo"], HARD, range(5), 120),
-    "default-clipped": Slice(
-        ["grpo clipped twice", "srpo clipped twice"], "chain-12", range(5), 60
-    ),
+    "sweep-clipped": Slice(CLIPPED, "chain-12", range(100, 102), 40),
+    "default-clipped": Slice(CLIPPED[:2], "chain-12", range(5), 60),
     "controls-hard": Slice(CONTROLS, HARD, range(3), 60),
     "controls": Slice(CONTROLS, "chain-12", range(3), 60),
     "difficulty-3e-3": Slice(["srpo", "walk"], "chain-12-below-3e-3", range(5), 60),
