@@ -245,6 +245,14 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def renew(page: Path, mark: str, text: str) -> None:
+    """Puts a text between the two marks of a page, `<!-- mark -->` and `<!-- /mark -->`."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------- picture
 
 

@@ -57,6 +57,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `python tests/speed.py`
 
+from data.curves import renew  # noqa: E402
 from data.driver import run_programs  # noqa: E402
 from data.metrics import Clock  # noqa: E402
 from data.policies import load_policy  # noqa: E402
@@ -629,14 +630,6 @@ def measure(args) -> list[str]:
     return [HEADER, *rows, *footer(args.argv, measured_commit, rates, remarks)]
 
 
-def renew(page: Path, report: str) -> None:
-    """Puts a report between the two marks of a page."""
-    begin, end = "<!-- tests/speed.py -->\n", "<!-- /tests/speed.py -->"
-    before, rest = page.read_text().split(begin)
-    _, after = rest.split(end)
-    page.write_text(f"{before}{begin}{report}\n{end}{after}")
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Speed on one core; see the top of the file.")
     option = parser.add_argument
@@ -651,7 +644,7 @@ def main(argv: list[str]) -> None:
     report = "\n".join(measure(args))
     print(report)
     if args.readme:
-        renew(ROOT / "tests" / "README.md", report)
+        renew(ROOT / "tests" / "README.md", "tests/speed.py", report)
 
 
 if __name__ == "__main__":

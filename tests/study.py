@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.curves import Interval, evaluations, final, markdown, purposes_of, pyplot
+from data.curves import Interval, evaluations, final, markdown, purposes_of, pyplot, renew
 from data.faults import UserError
 from data.runs import Run, read_run
 
@@ -557,26 +557,6 @@ def share_found(end: np.ndarray) -> str:
     return f"{found / (found + failed):.2f}" if found + failed else "none"
 
 
-def command_tables(args) -> None:
-    """Prints what the finished runs say, and draws the picture of three arms."""
-    results = read_results(args.lines)
-    if not results:
-        raise UserError(f"{args.lines}: holds no run yet; python -m tests.study run sweep")
-    print(f"{len(results)} runs, commits {', '.join(sorted({r.commit for r in results}))}\n")
-    print(markdown(sweep_rows(results)), "\n")
-    sets = list(dict.fromkeys(part.data for part in SLICES.values()))
-    for data in sets:
-        named = on_set(results, data)
-        if named:
-            print(f"### {data}\n\n{markdown(outcome_rows(named))}\n")
-            print(markdown(cost_rows(named)), "\n")
-    claims = claim_rows(on_set(results, "chain-12"))
-    if claims:
-        print(markdown(claims))
-    if args.picture:
-        draw(results, args.picture)
-
-
 # ---------------------------------------------------------------------------------------- claims
 
 
@@ -671,6 +651,32 @@ def draw_arm(axis, mine: list[Result], label: str, color: str) -> None:
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
+def report(results: list[Result]) -> str:
+    """All tables, as Markdown."""
+    commits = ", ".join(sorted({result.commit for result in results}))
+    parts = [f"{len(results)} runs, of commits {commits}.", markdown(sweep_rows(results))]
+    for data in dict.fromkeys(part.data for part in SLICES.values()):
+        named = on_set(results, data)
+        if named:
+            parts += [f"### {data}", markdown(outcome_rows(named)), markdown(cost_rows(named))]
+    claims = claim_rows(on_set(results, "chain-12"))
+    if claims:
+        parts += ["### Claims, on the default set", markdown(claims)]
+    return "\n\n".join(parts)
+
+
+def command_tables(args) -> None:
+    """Prints what the finished runs say, and can renew tests/study.md and draw the picture."""
+    results = read_results(args.lines)
+    if not results:
+        raise UserError(f"{args.lines}: holds no run yet; python -m tests.study run sweep")
+    print(report(results))
+    if args.renew:
+        renew(ROOT / "tests" / "study.md", "tests/study.py", report(results))
+    if args.picture:
+        draw(results, args.picture)
+
+
 # ---------------------------------------------------------------------------------- command line
 
 
@@ -687,6 +693,7 @@ def main(argv: list[str]) -> None:
     run.add_argument("--benchmark_problems", type=int, default=BENCHMARK, help="of each run")
     tables = commands.add_parser("tables", help=command_tables.__doc__)
     tables.set_defaults(command=command_tables)
+    tables.add_argument("--renew", action="store_true", help="renew the results of tests/study.md")
     tables.add_argument("--picture", type=Path, help="where to draw GRPO, SRPO and the walk")
     args = parser.parse_args(argv)
     args.command(args)

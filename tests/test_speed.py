@@ -59,7 +59,7 @@ def test_speed_runs(capsys, tmp_path):
     assert "| embedded, whole step | ours |" in out
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- tests/speed.py -->\nold\n<!-- /tests/speed.py -->\nb\n")
-    speed.renew(page, out.strip())
+    speed.renew(page, "tests/speed.py", out.strip())
     assert page.read_text().splitlines()[2:-2] == out.strip().splitlines()
     assert "old" not in page.read_text()
 
