@@ -537,7 +537,7 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
                 "flat groups": both_ends([r.flat_groups for r in mine]),
                 "entropy, nats": both_ends([r.entropy for r in mine]),
                 "exact h*": both_ends([r.exact for r in mine]),
-                "walks that found": " to ".join(share_found(end) for end in walks),
+                "walks that found": " to ".join(share_found(end) for end in walks if end.sum()),
             }
         )
     return rows
@@ -554,7 +554,7 @@ def both_ends(values: list[list[float | None]]) -> str:
 
 def share_found(end: np.ndarray) -> str:
     found, failed = end
-    return f"{found / (found + failed):.2f}" if found + failed else "none"
+    return f"{found / (found + failed):.2f}"
 
 
 # ---------------------------------------------------------------------------------------- claims
