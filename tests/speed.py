@@ -460,7 +460,11 @@ def method_step(run: Training) -> Costs:
 
 
 FIRST_STEP = """
+import gc
+gc.disable()  # these three lines are srpo.py's own, where it is the program
 import time, srpo
+gc.freeze()
+gc.enable()
 print(time.process_time())
 def ended(*_, **__):
     print(time.process_time())
