@@ -93,20 +93,20 @@ class Slice:
 
 
 CONTROLS = (
-    "no walk, walk at random, walk exact, walk half, success alone, true solution, "
-    "chained groups, more samples"
+    "walk half, more samples, walk at random, true solution, success alone, walk exact, no walk, "
+    "chained groups"
 ).split(", ")
 CLIPPED = ["grpo clipped twice", "srpo clipped twice", "srpo 1x8"]
 LATER = ["srpo response length", "corrections", "vineppo", "spo_tree"]
 HARD = "chain-12-below-4e-4"
 SLICES = {
     "sweep": Slice(["grpo", "walk", "srpo", "rrpo"], "chain-12", range(100, 102), 40),
-    "default": Slice(["grpo", "srpo", "walk", "rrpo"], "chain-12", range(5), 60),
     "hard": Slice(["srpo", "walk"], HARD, range(5), 60),
     "hard-grpo": Slice(["grpo"], HARD, range(5), 120),
     "sweep-clipped": Slice(CLIPPED, "chain-12", range(100, 102), 40),
     "default-clipped": Slice(CLIPPED[:2], "chain-12", range(5), 60),
     "controls-hard": Slice(CONTROLS, HARD, range(3), 60),
+    "default": Slice(["grpo", "srpo", "walk", "rrpo"], "chain-12", range(5), 60),
     "controls": Slice(CONTROLS, "chain-12", range(3), 60),
     "difficulty-3e-3": Slice(["srpo", "walk"], "chain-12-below-3e-3", range(5), 60),
     "difficulty-3e-3-grpo": Slice(["grpo"], "chain-12-below-3e-3", range(5), 120),
@@ -621,23 +621,24 @@ def verdict(measured: Interval, claim: Claim, bound: str = "") -> str:
 # --------------------------------------------------------------------------------------- picture
 
 DRAWN = {"grpo": "#4d4d4d", "srpo": "#d95f02", "walk": "#1b7837"}
-PANELS = {HARD: "hard set: untrained pass rate below 0.0004", "chain-12": "default set"}
+PANELS = {HARD: "hard set: untrained pass rates below 0.0004", "chain-12": "default set"}
 
 
 def draw(results: list[Result], out: Path) -> None:
     """Held-out pass rate by generated tokens on the hard and the default set, with 95% bands."""
+    sets = [data for data in PANELS if set(on_set(results, data)) & set(DRAWN)]
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, (data, title) in zip(axes, PANELS.items()):
+    size = (5.5 * len(sets) + 1, 3.6)
+    figure, axes = plt.subplots(1, len(sets), figsize=size, squeeze=False, layout="constrained")
+    for axis, data in zip(axes[0], sets):
         named = on_set(results, data)
         for arm, color in DRAWN.items():
             if arm in named:
-                draw_arm(axis, named[arm], arm, color)
-        axis.set(title=title, xlabel="million generated tokens, of all kinds")
+                draw_arm(axis, named[arm], f"{arm}, {len(named[arm])} seeds", color)
+        axis.set(title=PANELS[data], xlabel="million generated tokens, of all kinds")
+        axis.set_ylabel("held-out pass rate")
         axis.grid(alpha=0.3)
-        if set(named) & set(DRAWN):
-            axis.legend(loc="upper left")
-    axes[0].set_ylabel("held-out pass rate")
+        axis.legend(loc="upper left")
     figure.savefig(out, dpi=120)
     plt.close(figure)
 

@@ -217,6 +217,7 @@ def test_study_trains_goes_on_and_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "grid_of", lambda arm, results: [1e-3])
     part = study.Slice(["grpo"], "chain-2", range(1), 2)
     monkeypatch.setattr(study, "SLICES", {"sweep": part, "default": part})
+    monkeypatch.setattr(study, "PANELS", {"chain-2": "two steps"})
     lines = tmp_path / "study.jsonl"
     (swept,) = made("grpo", [0.4], slice="sweep", lr=1e-3)
     lines.write_text(json.dumps(asdict(swept)) + "\n")
