@@ -274,6 +274,7 @@ def test_a_changed_method_file_is_noticed(capsys, tmp_path):
 
 def test_the_base_of_adapters_has_a_digest(capsys, run, tmp_path):
     """A checkpoint of adapters lacks the base's weights: another base would be another run."""
+    pytest.importorskip("peft", reason="peft is not installed; see Run it in README.md")
     model, _ = policies.load_policy(POLICY)
     digest = policies.digest_of_weights(model)
     assert digest == policies.digest_of_weights(model.bfloat16())
