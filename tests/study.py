@@ -625,7 +625,7 @@ PANELS = {HARD: "hard set: untrained pass rates below 0.0004", "chain-12": "defa
 
 
 def draw(results: list[Result], out: Path) -> None:
-    """Held-out pass rate by generated tokens on the hard and the default set, with 95% bands."""
+    """Held-out pass rate by generated tokens on the hard and the default set."""
     sets = [data for data in PANELS if set(on_set(results, data)) & set(DRAWN)]
     plt = pyplot()
     size = (5.5 * len(sets) + 1, 3.6)
@@ -644,12 +644,12 @@ def draw(results: list[Result], out: Path) -> None:
 
 
 def draw_arm(axis, mine: list[Result], label: str, color: str) -> None:
+    """Every run, and their mean: a mean of runs of which some never learn says little alone."""
     curves = np.array([result.curve for result in mine])  # [seeds, evaluations, 3]
-    x = curves[:, :, 1].mean(0) / 1e6
-    bands = [t_interval(rates) for rates in curves[:, :, 2].T]
-    axis.plot(x, [band.value for band in bands], color=color, label=label)
-    low, high = [band.low for band in bands], [band.high for band in bands]
-    axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    for curve in curves:
+        axis.plot(curve[:, 1] / 1e6, curve[:, 2], color=color, alpha=0.4, linewidth=0.8)
+    mean = curves.mean(0)
+    axis.plot(mean[:, 1] / 1e6, mean[:, 2], color=color, linewidth=2.2, label=label)
 
 
 def report(results: list[Result]) -> str:
