@@ -657,10 +657,9 @@ class Decoding:
     def step(self, model, tokens: torch.Tensor) -> None:
         """Runs the model on one more token of each row, tokens [R]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        # A row that is over may be at the end of the model's context.
         last = model.config.get_text_config().max_position_embeddings - 1
-        self.positions = (self.positions + 1).clamp(
-            max=last
-        )  # rows that are over may be at the end
+        self.positions = (self.positions + 1).clamp(max=last)
         out = model(
             input_ids=tokens[:, None],
             attention_mask=self.mask,

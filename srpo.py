@@ -635,7 +635,9 @@ def warn(run: Training, bar: tqdm, line: dict) -> None:
     run.flat_steps = 0 if line["trained_tokens"] else run.flat_steps + 1
     if run.flat_steps and run.flat_steps % 5 == 0:
         text = "warning: no group had variance for {} steps: all rewards are alike. {}"
-        advice = "Use easier problems, a better policy, or --method walk."
+        advice = "Use easier problems or a better policy."
+        if run.cfg.method != "walk":
+            advice = "Use easier problems, a better policy, or --method walk."
         say(bar, text.format(run.flat_steps, advice))
     if line["step"] == 1 and run.cfg.method != "grpo" and line["thoughts"] < 1.5:
         text = "warning: {:.1f} thoughts a response: the policy hardly writes {}, {}"

@@ -141,20 +141,15 @@ class Job:
 
     @property
     def key(self) -> str:
+        """Names its run directory."""
         name = f"{self.arm}-{self.data}-lr{self.lr:g}-{self.steps}-{self.seed}"
         return name.replace(" ", "-")
 
 
 @dataclass
-class Result:
+class Result(Job):
     """What is kept of a run: one line of study.jsonl. Lists of two: first and last ten steps."""
 
-    slice: str
-    arm: str
-    data: str
-    seed: int
-    steps: int
-    lr: float
     commit: str
     date: str
     cpu_seconds: float | None  # of training and its evaluations; None: it was resumed
@@ -173,10 +168,6 @@ class Result:
     right_after_erroneous: float | None
     walks: list[list[int]]  # [found, failed] in the first and in the last ten steps
 
-    @property
-    def job(self) -> str:
-        return Job(self.slice, self.arm, self.data, self.seed, self.steps, self.lr).key
-
 
 def read_results(path: Path) -> list[Result]:
     if not path.exists():
@@ -190,7 +181,7 @@ def command_run(args) -> None:
     deadline = time.time() + 60 * args.minutes
     while True:
         results = read_results(args.lines)
-        done = {result.job for result in results}
+        done = {result.key for result in results}
         todo = [job for job in jobs_of(args.slice, results) if job.key not in done]
         if not todo or time.time() > deadline:
             print(f"{args.slice}: {len(todo)} runs are missing")
@@ -494,8 +485,14 @@ def sweep_rows(results: list[Result]) -> list[dict]:
             if rate in mine:
                 mark = "**" if rate == best else ""
                 row[f"{rate:g}"] = f"{mark}{np.mean(mine[rate]):.3f}{mark}"
+                if len(mine[rate]) < SWEEP_SEEDS:
+                    row[f"{rate:g}"] += f" ({len(mine[rate])} of {SWEEP_SEEDS} seeds)"
         rows.append(row)
     return rows
+
+
+def seeds_of(mine: list[Result]) -> str:
+    return "1 seed" if len(mine) == 1 else f"{len(mine)} seeds"
 
 
 def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
@@ -508,7 +505,7 @@ def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
         beside = bool(pair.matched()) and arm != "grpo"
         rows.append(
             {
-                "arm": f"{arm}, {len(mine)} seeds, {mine[0].steps} steps, {mine[0].lr:g}",
+                "arm": f"{arm}, {seeds_of(mine)}, {mine[0].steps} steps, {mine[0].lr:g}",
                 "pass@1 (95%)": in_words(t_interval([r.pass_rate for r in mine])),
                 "pass@8": f"{np.mean([r.pass_at_8 for r in mine]):.3f}",
                 "minus grpo's": in_words(pair.difference()) if beside else "",
@@ -634,7 +631,7 @@ def draw(results: list[Result], out: Path) -> None:
         named = on_set(results, data)
         for arm, color in DRAWN.items():
             if arm in named:
-                draw_arm(axis, named[arm], f"{arm}, {len(named[arm])} seeds", color)
+                draw_arm(axis, named[arm], f"{arm}, {seeds_of(named[arm])}", color)
         axis.set(title=PANELS[data], xlabel="million generated tokens, of all kinds")
         axis.set_ylabel("held-out pass rate")
         axis.grid(alpha=0.3)
@@ -704,4 +701,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as fault:
-        sys.exit(f"error: {fault}")
+        print(f"study: {fault}", file=sys.stderr)
+        sys.exit(2)

@@ -200,6 +200,7 @@ def check(candidate):
         raise AssertionError
     assert candidate(4) == 2
 """
+# A judge of a public set, which takes any fault: it runs inside, not here.
 RAISES_SOMETHING = "def check(c):\n try: c(-1)\n except Exception: return\n raise AssertionError"
 KEYWORDS = "def check(candidate):\n assert candidate(1, y=[2], z={'a': (3,)}) == (1, [2], (3,))"
 VALUES = """

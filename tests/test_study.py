@@ -234,7 +234,7 @@ def test_study_trains_goes_on_and_prints(tmp_path, capsys, monkeypatch):
     again = study.read_results(lines)[1]
     assert again.curve == result.curve and again.cpu_seconds is None
     study.main(["--lines", str(lines), "tables", "--picture", str(tmp_path / "a.png")])
-    assert "| grpo, 1 seeds, 2 steps, 0.001 |" in capsys.readouterr().out
+    assert "| grpo, 1 seed, 2 steps, 0.001 |" in capsys.readouterr().out
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert json.loads(lines.read_text().splitlines()[1])["arm"] == "grpo"
 

@@ -345,6 +345,11 @@ def test_the_step_line_counts_first_draws_and_walks(step):
     assert line["tokens"]["walk"] == spent
     assert line["verifier_calls"] == len(sampled.generated)
     assert line["pass_suffix"] is None
+    exact = []
+    for task, walked in zip(tasks, walks):
+        exact += [r.reset == task.first_wrong(r.seed) for r in walked]
+    assert len(exact) == sum(line["localized"].values()) > 0
+    assert line["localized_exact"] == pytest.approx(np.mean(exact))
 
 
 def test_the_base_group_is_iid(policy):
