@@ -48,8 +48,8 @@ def set_advantages(rollouts: list[Rollout], normalize: bool = True) -> None:
     std is the population's; all A are zero where std < 1e-8. Rewards 1, 0, 0, 0 give advantages
     1.73, -0.58, -0.58, -0.58, the same for all thoughts of a rollout. Groups whose program has set
     advantages keep them. normalize=False does not divide by std: the expected gradient is then
-    (G-1)/G times the state's own (for tests and tests/study.py). Raises ValueError if a group does
-    not start from one state.
+    (G-1)/G times the state's own (for tests and tests/gradient.py). Raises ValueError if a group
+    does not start from one state.
     """
     for group, members in grouped(rollouts).items():
         if all(rollout.advantages is not None for rollout in members):

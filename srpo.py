@@ -255,9 +255,11 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
             raise UserError("--localize_temperature must be 0 (greedy) or at least 0.01")
         if self.prefixes and self.suffixes < 2:
             raise UserError(f"--suffixes must be at least 2, not {self.suffixes}: it is a group")
-        if self.base + self.prefixes * self.suffixes < 2:
+        # A walk adds the second rollout of a group.
+        fewest = 1 if self.method == "walk" and self.rounds else 2
+        if self.base + self.prefixes * self.suffixes < fewest:
             raise UserError(
-                "a prompt needs at least 2 trained rollouts; raise --base or --prefixes"
+                f"a prompt needs at least {fewest} trained rollouts; raise --base or --prefixes"
             )
         if self.method == "rrpo" and self.localizer != "random":
             raise UserError(

@@ -38,7 +38,7 @@ LAYERS = [
     ["eval.py"],
     # the algorithm box
     ["srpo.py"],
-    ["tests/tabular.py"],
+    ["tests/arms.py", "tests/tabular.py"],
     # recipes, experiments, and what tests share
     [
         "data/prepare.py",
@@ -49,7 +49,7 @@ LAYERS = [
         "tests/luck.py",
         "tests/methods.py",
         "tests/speed.py",
-        "tests/arms.py",
+        "tests/better.py",
         "tests/gradient.py",
         "tests/sgd.py",
         "tests/study.py",
@@ -57,7 +57,7 @@ LAYERS = [
         "tests/walk_gain.py",
         "tests/conftest.py",
     ],
-    ["tests/answers.py", "tests/gpu.py"],
+    ["tests/answers.py", "tests/gpu.py", "tests/study_tables.py"],
     # these may also import each other
     ["tests/test_*.py"],
 ]

@@ -1,7 +1,9 @@
 """The study: its arms, its statistics on made numbers, and a real run."""
 
+import inspect
 import json
 from dataclasses import asdict, replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -9,13 +11,16 @@ import torch
 from sgd import FixedLength
 from test_eval import make_run
 
-import study
 from conftest import ROOT
 from data import curves, runs
 from data.driver import run_programs
 from data.faults import UserError
+from data.metrics import step_metrics
 from data.programs import load_program, trained_rollouts
+from localize import parse_localization
+from loss import set_advantages
 from srpo import parse
+from tests import study, study_tables
 
 MADE = study.Result(
     slice="default",
@@ -27,7 +32,8 @@ MADE = study.Result(
     commit="0",
     date="2026-11-24",
     cpu_seconds=1.0,
-    curve=[[0, 0, 0.0], [10, 100, 0.2], [20, 200, 0.4]],
+    curve=[study.Point(0, 0, 0, 0, 0.0, 0.0), study.Point(10, 100, 50, 8, 1.0, 0.2)]
+    + [study.Point(20, 200, 80, 16, 3.0, 0.4)],
     pass_rate=0.4,
     pass_at_8=0.8,
     tokens={"base": 200},
@@ -48,7 +54,8 @@ def made(arm: str, rates: list[float], **changes) -> list[study.Result]:
     """Runs of one arm that end at these pass rates: one for each seed."""
     results = []
     for seed, rate in enumerate(rates):
-        curve = [[0, 0, 0.0], [10, 100, rate / 2], [20, 200, rate]]
+        start, middle, end = MADE.curve
+        curve = [start, replace(middle, pass_rate=rate / 2), replace(end, pass_rate=rate)]
         changes |= {"arm": arm, "seed": seed, "pass_rate": rate, "curve": curve}
         results.append(replace(MADE, **changes))
     return results
@@ -75,16 +82,12 @@ def test_slices_name_arms_that_a_sweep_covers():
     for name, part in study.SLICES.items():
         for arm in part.arms:
             assert (study.ARMS[arm].rate_of or arm) in swept, (name, arm)
-    for claim in study.CLAIMS:
+    for claim in study_tables.CLAIMS:
         assert claim.first in study.ARMS and claim.second in study.ARMS
 
 
-def test_the_plan_names_every_slice_in_its_order():
+def test_the_plan_says_how_large_a_benchmark_is():
     plan = (ROOT / "tests" / "study.md").read_text()
-    places = [
-        plan.index(name, plan.index("## Order")) for name in ("hard,", "controls-hard", "sgd")
-    ]
-    assert places == sorted(places)
     assert f"pass rate of the last checkpoint ({study.BENCHMARK} held-out problems x 8" in plan
 
 
@@ -133,6 +136,83 @@ def test_half_of_the_resets_are_at_random(policy):
     assert len(hows) > 40 and 0.25 < at_random < 0.75
 
 
+# ------------------------------------------------------------------------------ ideas for the walk
+
+HARD_TASKS = dict(
+    localizer="self", base=4, rounds=12, localize_fallback="random", localize_temperature=1.0
+)
+
+
+def sample_idea(policy, name: str, tasks):
+    """What an idea trains for each task, and all that it sampled."""
+    program = load_program(f"tests/better.py:{name}")
+    sampled = run_programs([program(task) for task in tasks], policy.engine)
+    trained_rollouts(name, sampled)  # refuses what cannot be trained
+    return sampled
+
+
+def test_the_latest_failure_is_walked_first(policy):
+    """The first reset is of the failure whose review names the latest thought."""
+    tasks = policy.tasks(8, 12, **HARD_TASKS)
+    sampled = sample_idea(policy, "latest", tasks)
+    deeper = 0
+    for task, mine in zip(tasks, sampled.results):
+        base = [r for r in mine if r.purpose == "base"]
+        if not all(task.failed(rollout) for rollout in base):
+            continue
+        walked = [r for r in sampled.generated if r.purpose == "walk"]
+        (first,) = [r for r in walked if any(r.seed is b for b in base)]
+        named = {id(b): parse_localization(b.localization.text, 13)[0] or 0 for b in base}
+        if all(named.values()):
+            assert first.reset == max(named.values())
+            deeper += first.reset > named[id(base[0])]
+    assert deeper > 0
+
+
+def test_an_unfinished_walk_goes_on(policy):
+    tasks = policy.tasks(6, 12, **HARD_TASKS | {"rounds": 1})
+    better = inspect.getmodule(load_program("tests/better.py:kept"))
+    run_programs([better.kept(task) for task in tasks], policy.engine)
+    unfinished = dict(better.UNFINISHED)
+    assert unfinished
+    again = run_programs([better.kept(task) for task in tasks], policy.engine)
+    went_on = [r for r in again.generated if any(r.seed is u for u in unfinished.values())]
+    assert went_on and not any(r.seed is b for r in went_on for b in again.generated)
+    for rollout in went_on:
+        assert rollout.purpose == "walk" and rollout.trained_from in (None, 0)
+
+
+def test_advantages_by_the_mean(policy):
+    tasks = policy.tasks(8, 8, **HARD_TASKS)
+    groups = sample_idea(policy, "by_mean", tasks).results
+    seen = set()
+    for members in groups:
+        right = sum(rollout.reward for rollout in members)
+        for rollout in members:
+            n = len(members)
+            expected = (n / right if rollout.reward else 0) - 1 if right else 0
+            assert rollout.advantages == pytest.approx([expected] * len(rollout.thought_ends))
+        seen.add(right)
+    assert len(seen) > 1
+
+
+def test_reviews_are_rewarded_by_what_their_resets_gained(policy):
+    tasks = policy.tasks(6, 24, **HARD_TASKS)
+    sampled = sample_idea(policy, "rewarded_reviews", tasks)
+    set_advantages(list(chain(*sampled.results)))
+    taught = 0
+    for mine in sampled.results:
+        reviews = [r for r in mine if r.purpose == "localization"]
+        if not reviews:
+            continue
+        assert len(reviews) == 4 and len({tuple(r.prompt_ids) for r in reviews}) == 1
+        advantages = [review.advantages[0] for review in reviews]
+        assert sum(advantages) == pytest.approx(0, abs=1e-6)
+        taught += max(advantages) > 0
+    assert taught > 0
+    step_metrics(list(chain(*sampled.results)), sampled.generated, tasks)  # has room for them
+
+
 # ------------------------------------------------------------------------------------ statistics
 
 
@@ -140,7 +220,7 @@ def test_intervals_cover_as_often_as_they_say():
     rng = np.random.default_rng(0)
     hits = {"t": [], "bootstrap": []}
     for _ in range(400):
-        _, low, high = study.t_interval(rng.normal(3.0, 1.0, 5))
+        _, low, high = study_tables.t_interval(rng.normal(3.0, 1.0, 5))
         hits["t"].append(low <= 3.0 <= high)
     for _ in range(200):
         _, low, high = curves.interval(rng.normal(3.0, 1.0, 20), resamples=400)
@@ -150,24 +230,25 @@ def test_intervals_cover_as_often_as_they_say():
 
 
 def test_pairing_removes_what_seeds_share():
-    pair = study.Pair(made("walk", [0.5, 0.6, 0.9]), made("grpo", [0.4, 0.5, 0.8]))
+    pair = study_tables.Pair(made("walk", [0.5, 0.6, 0.9]), made("grpo", [0.4, 0.5, 0.8]))
     assert pair.difference() == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_reach_is_linear_between_evaluations_and_a_lower_bound():
-    reach = study.reach(MADE, target=0.3)
+    reach = study_tables.reach(MADE, target=0.3)
     assert (reach.reached, reach.steps, reach.tokens) == (True, 15, 150)
-    reach = study.reach(MADE, target=0.9)
-    assert (reach.reached, reach.steps, reach.tokens) == (False, 20, 200)
+    assert reach.seconds == pytest.approx(2)
+    reach = study_tables.reach(MADE, target=0.9)
+    assert reach == study_tables.Reach(False, steps=20, tokens=200, seconds=3.0)
 
 
 def test_savings_are_bounds_where_a_run_never_gets_there():
     fast, slow = made("walk", [0.8, 0.8]), made("grpo", [0.4, 0.4])
     never = made("grpo", [0.4, 0.1])
-    assert str(study.Pair(fast, slow).saving("tokens")) == "2.00 (2.00 to 2.00)"
-    assert str(study.Pair(fast, never).saving("tokens")).startswith("> ")
-    assert str(study.Pair(never, fast).saving("tokens")).startswith("< ")
-    assert str(study.Pair(never, never).saving("tokens")) == "-"
+    assert str(study_tables.Pair(fast, slow).saving("tokens")) == "2.00 (2.00 to 2.00)"
+    assert str(study_tables.Pair(fast, never).saving("tokens")).startswith("> ")
+    assert str(study_tables.Pair(never, fast).saving("tokens")).startswith("< ")
+    assert str(study_tables.Pair(never, never).saving("tokens")) == "-"
 
 
 def test_claims():
@@ -177,7 +258,7 @@ def test_claims():
         "srpo": made("srpo", [0.3, 0.31, 0.3]),
         "srpo 2x4": made("srpo 2x4", [0.1, 0.5, 0.3]),
     }
-    verdicts = {row["claim"]: row["verdict"] for row in study.claim_rows(named)}
+    verdicts = {row["claim"]: row["verdict"] for row in study_tables.claim_rows(named)}
     assert verdicts["SRPO ends above GRPO"] == "not so here"
     assert verdicts["RRPO ends within 0.05 of GRPO"] == "seen here"
     assert verdicts["1x4 ends above 2x4"] == "undecided"
@@ -217,32 +298,42 @@ def test_study_trains_goes_on_and_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "grid_of", lambda arm, results: [1e-3])
     part = study.Slice(["grpo"], "chain-2", range(1), 2)
     monkeypatch.setattr(study, "SLICES", {"sweep": part, "default": part})
-    monkeypatch.setattr(study, "PANELS", {"chain-2": "two steps"})
+    monkeypatch.setattr(study_tables, "SLICES", study.SLICES)
+    monkeypatch.setattr(study_tables, "PANELS", {"chain-2": "two steps"})
     lines = tmp_path / "study.jsonl"
     (swept,) = made("grpo", [0.4], slice="sweep", lr=1e-3)
     lines.write_text(json.dumps(asdict(swept)) + "\n")
     small = ["--out", str(tmp_path / "runs"), "--benchmark_problems", "8"]
-    study.main(["--lines", str(lines), "run", "default", *small])
+    study.main(["default", "--lines", str(lines), *small])
     _, result = study.read_results(lines)
     assert (result.steps, result.lr, result.arm) == (2, 1e-3, "grpo")
-    assert [step for step, _, _ in result.curve] == [0, 2] and 0 <= result.pass_at_8 <= 1
+    first, last = result.curve
+    assert (first.step, first.generated, last.step) == (0, 0, 2) and 0 <= result.pass_at_8 <= 1
+    assert last.generated == sum(result.tokens.values()) and last.verifier_calls == 512
+    assert last.trained == result.trained_tokens and last.seconds > 0
     assert result.cpu_seconds > 1 and result.verifier_calls == 512
-    study.main(["--lines", str(lines), "run", "default", *small])  # nothing is missing
+    study.main(["default", "--lines", str(lines), *small])  # nothing is missing
     assert len(study.read_results(lines)) == 2
     lines.write_text(lines.read_text().splitlines()[0] + "\n")  # as if it had been cut off
-    study.main(["--lines", str(lines), "run", "default", *small])
+    study.main(["default", "--lines", str(lines), *small])
     again = study.read_results(lines)[1]
     assert again.curve == result.curve and again.cpu_seconds is None
-    study.main(["--lines", str(lines), "tables", "--picture", str(tmp_path / "a.png")])
-    assert "| grpo, 1 seed, 2 steps, 0.001 |" in capsys.readouterr().out
-    assert (tmp_path / "a.png").stat().st_size > 10_000
+    page = tmp_path / "study.md"
+    page.write_text("Plan\n<!-- tests/study_tables.py -->\n<!-- /tests/study_tables.py -->\nEnd\n")
+    pages = ["--page", str(page), "--pictures", str(tmp_path)]
+    study_tables.main(["--lines", str(lines), "--renew", *pages])
+    row = "| grpo, 1 seed, 2 steps, 0.001 |"
+    assert row in capsys.readouterr().out and row in page.read_text()
+    assert page.read_text().startswith("Plan\n") and page.read_text().endswith("\nEnd\n")
+    for picture in ("study.png", "study_costs.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
     assert json.loads(lines.read_text().splitlines()[1])["arm"] == "grpo"
 
 
 def test_a_failing_run_stops_the_study_and_names_its_log(tmp_path, monkeypatch):
     broken = {"sweep": study.Slice(["grpo"], "chain-99", range(1), 1)}
     monkeypatch.setattr(study, "SLICES", broken)
-    command = ["--lines", str(tmp_path / "a"), "run", "sweep", "--out", str(tmp_path / "runs")]
+    command = ["sweep", "--lines", str(tmp_path / "a"), "--out", str(tmp_path / "runs")]
     with pytest.raises(UserError, match=r"failed; see .*\.log"):
         study.main(command)
 

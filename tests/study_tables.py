@@ -1,0 +1,452 @@
+"""What the runs of the study say: tables, verdicts and pictures. The runs: tests/study.py.
+
+    python -m tests.study_tables            # prints the tables
+    python -m tests.study_tables --renew    # renews tests/study.md and the pictures, too
+
+Left out: corrections for the number of comparisons (each is printed with its interval).
+
+Try it alone:  python -m tests.study_tables
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data.curves import Interval, markdown, pyplot, renew
+from data.faults import UserError
+from tests.study import ARMS, HARD, LINES, ROOT, SLICES, SWEEP_SEEDS, Result, read_results, swept
+
+TARGET = 0.3  # held-out pass rate
+PICTURES = ROOT / "data" / "pictures"
+
+# -------------------------------------------------------------------------------------- statistics
+
+# Quantiles of Student's t for a two-sided 95% interval, by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def t_interval(values: list[float]) -> Interval:
+    """Mean over seeds and Student's 95% interval; the bounds are nan for one seed."""
+    values = np.array(values, float)
+    if len(values) < 2:
+        return Interval(values.mean(), np.nan, np.nan)
+    half = T95[len(values) - 1] * values.std(ddof=1) / np.sqrt(len(values))
+    return Interval(values.mean(), values.mean() - half, values.mean() + half)
+
+
+def in_words(measured: Interval, digits: int = 3) -> str:
+    """`0.582 (0.558 to 0.606)`."""
+    value, low, high = (f"{x:.{digits}f}" for x in measured)
+    return value if low == "nan" else f"{value} ({low} to {high})"
+
+
+@dataclass
+class Reach:
+    """When a run reached the target. Where it did not: its whole cost, a lower bound."""
+
+    reached: bool
+    steps: float
+    tokens: float  # generated
+    seconds: float  # by the clock
+
+
+def reach(result: Result, target: float = TARGET) -> Reach:
+    """Linear between evaluations."""
+    for before, after in pairwise(result.curve):
+        if before.pass_rate < target <= after.pass_rate:
+            part = (target - before.pass_rate) / (after.pass_rate - before.pass_rate)
+            return Reach(
+                reached=True,
+                steps=between(before.step, after.step, part),
+                tokens=between(before.generated, after.generated, part),
+                seconds=between(before.seconds, after.seconds, part),
+            )
+    last = result.curve[-1]
+    return Reach(False, last.step, last.generated, last.seconds)
+
+
+def between(before: float, after: float, part: float) -> float:
+    return before + part * (after - before)
+
+
+def rate_at(result: Result, tokens: float) -> float:
+    """The held-out pass rate when so many tokens are generated, linear between evaluations."""
+    return float(np.interp(tokens, column(result, "generated"), column(result, "pass_rate")))
+
+
+def column(result: Result, name: str) -> np.ndarray:
+    """One number of each evaluation of a run, a field of Point: [evaluations]."""
+    return np.array([getattr(point, name) for point in result.curve])
+
+
+@dataclass
+class Saving:
+    """How many times as much the second arm spends until the target."""
+
+    ratio: Interval  # geometric mean over seeds
+    bound: str  # ">" if a run of the second never got there, "<" of the first, "?" of both, or ""
+
+    def __str__(self) -> str:
+        if self.bound == "?":
+            return "-"
+        if self.bound:
+            return f"{self.bound} {self.ratio.value:.2f}"
+        return in_words(self.ratio, 2)
+
+
+@dataclass
+class Pair:
+    """Two arms on one set, compared seed by seed."""
+
+    first: list[Result]
+    second: list[Result]
+
+    def matched(self) -> list[tuple[Result, Result]]:
+        """The two runs of each seed that both have."""
+        second = {result.seed: result for result in self.second}
+        return [(a, second[a.seed]) for a in self.first if a.seed in second]
+
+    def difference(self) -> Interval:
+        """Pass rate of the first minus that of the second."""
+        return t_interval([a.pass_rate - b.pass_rate for a, b in self.matched()])
+
+    def at_equal_tokens(self) -> Interval:
+        """The same along training, where the arm that spent less has ended."""
+        differences = []
+        for a, b in self.matched():
+            tokens = min(a.curve[-1].generated, b.curve[-1].generated)
+            differences.append(rate_at(a, tokens) - rate_at(b, tokens))
+        return t_interval(differences)
+
+    def saving(self, what: str) -> Saving:
+        """what: steps, tokens or seconds, a field of Reach."""
+        logs = []
+        first_missed = second_missed = False
+        for a, b in self.matched():
+            ours, theirs = reach(a), reach(b)
+            first_missed |= not ours.reached
+            second_missed |= not theirs.reached
+            logs.append(np.log(getattr(theirs, what) / getattr(ours, what)))
+        ratio = Interval(*np.exp(t_interval(logs)))
+        if first_missed and second_missed:
+            return Saving(ratio, "?")
+        if second_missed:
+            return Saving(ratio, ">")
+        return Saving(ratio, "<" if first_missed else "")
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def table_of(result: Result) -> str:
+    """The table that a run stands in, by its slice. A sweep has one of its own."""
+    if result.slice.startswith("sweep"):
+        return "sweep"
+    return SLICES[result.slice].table or result.data
+
+
+def in_table(results: list[Result], table: str) -> dict[str, list[Result]]:
+    """The runs of one table, by arm, in the order of ARMS."""
+    named = {}
+    for arm in ARMS:
+        mine = [r for r in results if r.arm == arm and table_of(r) == table]
+        if mine:
+            named[arm] = sorted(mine, key=lambda result: result.seed)
+    return named
+
+
+def sweep_rows(results: list[Result]) -> list[dict]:
+    """Mean pass rate at the end of the sweep by arm and rate; the chosen one is marked."""
+    rows = []
+    rates = sorted({r.lr for r in results if r.slice.startswith("sweep")})
+    for arm in ARMS:
+        mine = swept(arm, results)
+        if not mine:
+            continue
+        best = max(mine, key=lambda rate: np.mean(mine[rate]))
+        row = {f"pass rate after {SLICES['sweep'].steps} steps": arm}
+        for rate in rates:
+            row[f"{rate:g}"] = ""
+            if rate in mine:
+                mark = "**" if rate == best else ""
+                row[f"{rate:g}"] = f"{mark}{np.mean(mine[rate]):.3f}{mark}"
+                if len(mine[rate]) < SWEEP_SEEDS:
+                    row[f"{rate:g}"] += f" ({len(mine[rate])} of {SWEEP_SEEDS} seeds)"
+        rows.append(row)
+    return rows
+
+
+def seeds_of(mine: list[Result]) -> str:
+    return "1 seed" if len(mine) == 1 else f"{len(mine)} seeds"
+
+
+def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
+    """What each arm reaches, beside GRPO; where there is none, beside the walk."""
+    rows = []
+    usual = "grpo" if "grpo" in named else "walk"
+    for arm, mine in named.items():
+        pair = Pair(mine, named.get(usual, []))
+        reached = len([result for result in mine if reach(result).reached])
+        beside = bool(pair.matched()) and arm != usual
+        rows.append(
+            {
+                "arm": f"{arm}, {seeds_of(mine)}, {mine[0].steps} steps, {mine[0].lr:g}",
+                "pass@1 (95%)": in_words(t_interval([r.pass_rate for r in mine])),
+                "pass@8": f"{np.mean([r.pass_at_8 for r in mine]):.3f}",
+                f"minus {usual}'s": in_words(pair.difference()) if beside else "",
+                "at equal tokens": in_words(pair.at_equal_tokens()) if beside else "",
+                f"reached {TARGET}": f"{reached} of {len(mine)}",
+                f"{usual}'s steps / its": str(pair.saving("steps")) if beside else "",
+                f"{usual}'s tokens / its": str(pair.saving("tokens")) if beside else "",
+                f"{usual}'s seconds / its": str(pair.saving("seconds")) if beside else "",
+            }
+        )
+    return rows
+
+
+def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
+    """What each arm spends, and how it goes: means over seeds."""
+    rows = []
+    for arm, mine in named.items():
+        cpu = [r.cpu_seconds for r in mine if r.cpu_seconds is not None]
+        walks = np.mean([r.walks for r in mine], axis=0)  # [2 ends, found and failed]
+        rows.append(
+            {
+                "arm": arm,
+                "M generated": f"{np.mean([sum(r.tokens.values()) for r in mine]) / 1e6:.2f}",
+                "M trained": f"{np.mean([r.trained_tokens for r in mine]) / 1e6:.2f}",
+                "verifier calls": f"{np.mean([r.verifier_calls for r in mine]):,.0f}",
+                "CPU s": f"{np.mean(cpu):.0f}" if cpu else "",
+                "flat groups": both_ends([r.flat_groups for r in mine]),
+                "entropy, nats": both_ends([r.entropy for r in mine]),
+                "exact h*": both_ends([r.exact for r in mine]),
+                "walks that found": " to ".join(share_found(end) for end in walks if end.sum()),
+            }
+        )
+    return rows
+
+
+def both_ends(values: list[list[float | None]]) -> str:
+    """`0.72 to 0.09`: means over seeds of the first and of the last ten steps."""
+    known = [pair for pair in values if None not in pair]
+    if not known:
+        return ""
+    first, last = np.mean(known, axis=0)
+    return f"{first:.2f} to {last:.2f}"
+
+
+def share_found(end: np.ndarray) -> str:
+    found, failed = end
+    return f"{found / (found + failed):.2f}"
+
+
+# ---------------------------------------------------------------------------------------- claims
+
+
+@dataclass
+class Claim:
+    """A statement about two arms: a measured number lies between low and high."""
+
+    text: str
+    first: str
+    second: str
+    saved: str = ""  # steps or tokens until the target; "": the difference of pass rates
+    low: float = 0.0
+    high: float = np.inf
+
+
+CLAIMS = [
+    Claim("SRPO ends above RRPO", "srpo", "rrpo"),
+    Claim("SRPO ends above GRPO", "srpo", "grpo"),
+    Claim("RRPO ends within 0.05 of GRPO", "rrpo", "grpo", low=-0.05, high=0.05),
+    Claim("SRPO needs half of GRPO's steps or fewer (times)", "srpo", "grpo", "steps", low=2),
+    Claim("... and half of its tokens (times)", "srpo", "grpo", "tokens", low=2),
+    Claim("1x4 ends above 2x4", "srpo", "srpo 2x4"),
+    Claim("1x4 ends above 1x8", "srpo", "srpo 1x8"),
+    Claim("masking the prefix helps", "srpo", "srpo unmasked"),
+    Claim("ours: the exact localizer helps", "srpo exact", "srpo"),
+    Claim("ours: SRPO ends above GRPO, both clipped", "srpo clipped twice", "grpo clipped twice"),
+    Claim("ours: the walk ends above GRPO", "walk", "grpo"),
+]
+
+
+def claim_rows(named: dict[str, list[Result]]) -> list[dict]:
+    """Each claim whose two arms were run, with its number and the verdict."""
+    rows = []
+    for claim in CLAIMS:
+        pair = Pair(named.get(claim.first, []), named.get(claim.second, []))
+        if not pair.matched():
+            continue
+        if claim.saved:
+            saving = pair.saving(claim.saved)
+            number, judged = str(saving), verdict(saving.ratio, claim, saving.bound)
+        else:
+            number, judged = in_words(pair.difference()), verdict(pair.difference(), claim)
+        rows.append({"claim": claim.text, "measured (95%)": number, "verdict": judged})
+    return rows
+
+
+def verdict(measured: Interval, claim: Claim, bound: str = "") -> str:
+    """Whether the interval lies inside the claim's bounds, outside, or across one of them.
+
+    bound: ">" if the number is a lower bound, which cannot refute a claim of at least `low`; "<" if
+    it is an upper one, which cannot support it.
+    """
+    inside = claim.low < measured.low and measured.high < claim.high
+    outside = measured.high < claim.low or measured.low > claim.high
+    if inside and bound in ("", ">"):
+        return "seen here"
+    if outside and bound in ("", "<"):
+        return "not so here"
+    return "undecided"  # also for one seed, whose interval is nan
+
+
+# -------------------------------------------------------------------------------------- difficulty
+
+
+def difficulty_rows(results: list[Result]) -> list[dict]:
+    """How many times as much GRPO spends until the target as the walk and SRPO, by set."""
+    rows = []
+    for data in dict.fromkeys(part.data for part in SLICES.values()):
+        named = in_table(results, data)
+        grpo = named.get("grpo", [])
+        if not grpo:
+            continue
+        before = np.mean([result.curve[0].pass_rate for result in grpo])
+        row = {"set": data, "untrained pass rate": f"{before:.4f}"}
+        for arm in ("walk", "srpo"):
+            pair = Pair(named.get(arm, []), grpo)
+            for what in ("steps", "tokens"):
+                row[f"grpo's {what} / {arm}'s"] = str(pair.saving(what)) if pair.matched() else ""
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+DRAWN = {"grpo": "#4d4d4d", "srpo": "#d95f02", "walk": "#1b7837"}
+PANELS = {HARD: "hard set: untrained pass rates below 0.0004", "chain-12": "default set"}
+AXES = {  # fields of Point: label, divisor
+    "step": ("steps", 1),
+    "generated": ("million generated tokens, of all kinds", 1e6),
+    "trained": ("million tokens in the loss", 1e6),
+    "verifier_calls": ("thousand verifier calls", 1e3),
+    "seconds": ("seconds by the clock, transformers engine", 1),
+}
+
+
+def drawn_sets(results: list[Result]) -> list[str]:
+    return [data for data in PANELS if set(in_table(results, data)) & set(DRAWN)]
+
+
+def draw_headline(results: list[Result], out: Path) -> None:
+    """Held-out pass rate by generated tokens on the hard and the default set: every run."""
+    sets = drawn_sets(results)
+    plt = pyplot()
+    size = (5.5 * len(sets) + 1, 3.6)
+    figure, panels = plt.subplots(1, len(sets), figsize=size, squeeze=False, layout="constrained")
+    for panel, data in zip(panels[0], sets):
+        named = in_table(results, data)
+        for arm, color in DRAWN.items():
+            if arm in named:
+                draw_runs(panel, named[arm], f"{arm}, {seeds_of(named[arm])}", color)
+        label_panel(panel, "generated", PANELS[data])
+        panel.legend(loc="upper left")
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def draw_runs(panel, mine: list[Result], label: str, color: str) -> None:
+    """Every run, and their mean: a mean of runs of which some never learn says little alone."""
+    divisor = AXES["generated"][1]
+    for result in mine:
+        x = column(result, "generated") / divisor
+        panel.plot(x, column(result, "pass_rate"), color=color, alpha=0.4, linewidth=0.8)
+    x = np.mean([column(result, "generated") for result in mine], axis=0) / divisor
+    rates = np.mean([column(result, "pass_rate") for result in mine], axis=0)
+    panel.plot(x, rates, color=color, linewidth=2.2, label=label)
+
+
+def draw_costs(results: list[Result], out: Path) -> None:
+    """Mean pass rate with Student's 95% band over seeds, against each cost; a row for each set."""
+    sets = drawn_sets(results)
+    plt = pyplot()
+    size = (3.4 * len(AXES), 3.2 * len(sets))
+    figure, grid = plt.subplots(
+        len(sets), len(AXES), figsize=size, sharey="row", squeeze=False, layout="constrained"
+    )
+    for row, data in zip(grid, sets):
+        named = in_table(results, data)
+        for panel, axis in zip(row, AXES):
+            for arm, color in DRAWN.items():
+                if arm in named:
+                    draw_band(panel, named[arm], axis, f"{arm}, {seeds_of(named[arm])}", color)
+            label_panel(panel, axis, PANELS[data] if axis == "step" else "")
+        row[0].legend(loc="upper left", fontsize=8)
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+def draw_band(panel, mine: list[Result], axis: str, label: str, color: str) -> None:
+    x = np.mean([column(result, axis) for result in mine], axis=0) / AXES[axis][1]
+    rates = np.array([column(result, "pass_rate") for result in mine])  # [seeds, evaluations]
+    bands = [t_interval(list(at_once)) for at_once in rates.T]
+    panel.plot(x, [band.value for band in bands], color=color, label=label)
+    low = [max(0.0, band.low) for band in bands]
+    panel.fill_between(x, low, [band.high for band in bands], color=color, alpha=0.15, linewidth=0)
+
+
+def label_panel(panel, axis: str, title: str) -> None:
+    panel.set(title=title, xlabel=AXES[axis][0], ylim=(0, 0.9))
+    if title:
+        panel.set_ylabel("held-out pass rate")
+    panel.grid(alpha=0.3)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def report(results: list[Result]) -> str:
+    """All tables, as Markdown."""
+    commits = ", ".join(sorted({result.commit for result in results}))
+    parts = [f"{len(results)} runs, of commits {commits}.", markdown(sweep_rows(results))]
+    for table in dict.fromkeys(part.table or part.data for part in SLICES.values()):
+        named = in_table(results, table)
+        if named:
+            parts += [f"### {table}", markdown(outcome_rows(named)), markdown(cost_rows(named))]
+    difficulty = difficulty_rows(results)
+    if difficulty:
+        parts += ["### By difficulty", markdown(difficulty)]
+    claims = claim_rows(in_table(results, "chain-12"))
+    if claims:
+        parts += ["### Claims, on the default set", markdown(claims)]
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Prints what the finished runs say.")
+    parser.add_argument("--lines", type=Path, default=LINES, help="where the results are kept")
+    parser.add_argument("--renew", action="store_true", help="renew tests/study.md and pictures")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="where --renew draws")
+    parser.add_argument("--page", type=Path, default=LINES.with_suffix(".md"), help="of --renew")
+    args = parser.parse_args(argv)
+    results = read_results(args.lines)
+    if not results:
+        raise UserError(f"{args.lines}: holds no run yet; python -m tests.study sweep")
+    print(report(results))
+    if args.renew:
+        renew(args.page, "tests/study_tables.py", report(results))
+        draw_headline(results, args.pictures / "study.png")
+        draw_costs(results, args.pictures / "study_costs.png")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as fault:
+        print(f"study_tables: {fault}", file=sys.stderr)
+        sys.exit(2)
