@@ -47,7 +47,7 @@ from data.driver import run_programs
 from data.faults import UserError, counters
 from data.labelled import is_labelled, load_labelled, sample_labelled
 from data.lines import write_lines, write_text
-from data.parallel import connect, end_program, on_main, processes, rank
+from data.parallel import compute_dtype, connect, end_program, on_main, processes, rank
 from data.policies import encode_all, encode_prompt, load_policy
 from data.problems import Problem, digest
 from data.runs import append
@@ -128,10 +128,10 @@ def open_policy(args) -> Policy:
     device, _ = connect()
     model, tokenizer = load_policy(args.model)
     context = model.config.get_text_config().max_position_embeddings
-    gpu = device if device.type == "cuda" else None
-    engine = make_engine(
-        args.engine, args.model, model, tokenizer, context, args.max_rows, device=gpu
-    )
+    settings = dict(max_rows=args.max_rows, dtype=compute_dtype(None, device))
+    if device.type == "cuda":
+        settings["device"] = device
+    engine = make_engine(args.engine, args.model, model, tokenizer, context, **settings)
     return Policy(tokenizer, engine, context)
 
 

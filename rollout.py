@@ -36,7 +36,7 @@ import torch
 from transformers import DynamicCache
 
 from data.chains import generate_chains
-from data.contexts import keep_rows, sampling_cache, share_heads
+from data.contexts import keep_rows, sampling_cache, use_attend
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.parallel import gather, processes, rank
@@ -515,8 +515,8 @@ class HFEngine(Engine):
     finished rows leave the batch.
 
     In a run of one CPU process it holds the trainer's own model, and `sync` has nothing to copy.
-    Where the trainer's model is sharded it holds a copy on `device`, bf16 on a GPU. Randomness is
-    keyed: token t of row i of a request uses uniform number t of the generator keyed
+    Where the trainer's model is sharded it holds a copy on `device`, of type `dtype`. Randomness
+    is keyed: token t of row i of a request uses uniform number t of the generator keyed
     (rng_key, i), so a response does not depend on what else is in the batch, nor on the number of
     processes.
     """
@@ -524,15 +524,19 @@ class HFEngine(Engine):
     name = "hf"
     FULL = 0.85  # finished rows leave the batch when at most this share of it is unfinished
 
-    def __init__(self, model, tokenizer, max_rows: int = 512, device: torch.device | None = None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        max_rows: int = 512,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.max_rows = max_rows
         self.has_copy = device is not None
-        self.model = model
-        if self.has_copy:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            self.model = copy.deepcopy(model).to(device, dtype)
-        share_heads(self.model)
+        use_attend(model)  # the copy then does, too
+        self.model = copy.deepcopy(model).to(device, dtype) if self.has_copy else model
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.pad = tokenizer.pad_token_id
         self.share, self.shares = rank(), processes()
@@ -710,7 +714,15 @@ class VLLMEngine(Engine):
     FAULTS = (ImportError, OSError, RuntimeError, ValueError, AssertionError, AttributeError)
 
     def __init__(
-        self, source, model, tokenizer, context: int, max_rows=512, memory: float = 0.5, tp: int = 1
+        self,
+        source,
+        model,
+        tokenizer,
+        context: int,
+        max_rows: int = 512,
+        memory: float = 0.5,
+        tp: int = 1,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         # Weights are handed over inside this process.
@@ -719,7 +731,7 @@ class VLLMEngine(Engine):
         from vllm import LLM
 
         self.gpu = torch.cuda.is_available()
-        settings = vllm_settings(model.config, context, max_rows, memory)
+        settings = vllm_settings(model.config, context, max_rows, memory, dtype)
         if processes() > 1:
             settings["distributed_executor_backend"] = "external_launcher"
             settings["tensor_parallel_size"] = tp
@@ -838,11 +850,11 @@ def pack_head(model) -> None:
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
-def vllm_settings(config, context: int, max_rows: int, memory: float) -> dict:
+def vllm_settings(config, context: int, max_rows: int, memory: float, dtype) -> dict:
     """How vLLM is built on this machine. memory: its share of a GPU's memory."""
     if torch.cuda.is_available():
         return {
-            "dtype": "bfloat16",
+            "dtype": dtype,
             "gpu_memory_utilization": memory,
             "enable_sleep_mode": True,
         }
@@ -852,7 +864,7 @@ def vllm_settings(config, context: int, max_rows: int, memory: float) -> dict:
     # 8 bytes: 2 (key, value) x 4 (float32), for each layer and token of each row
     cache = 8 * config.num_hidden_layers * heads * head_size * context * max_rows
     return {
-        "dtype": "float32",  # with eager this agrees with transformers
+        "dtype": dtype,  # float32 with eager agrees with transformers
         "enforce_eager": True,
         "block_size": 32,
         "kv_cache_memory_bytes": min(max(cache, 64 << 20), 2 << 30),
@@ -871,19 +883,20 @@ def make_engine(
     memory: float = 0.5,
     tp: int = 1,
     device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Engine:
     """The engine called `name`: hf, vllm, or auto; prints which one it is, and why.
 
     auto: vLLM where it imports and constructs on every process, else transformers. device:
-    transformers samples with a copy of the model there (None: with the model itself). Raises
-    UserError where vllm was asked for and cannot be had.
+    transformers samples with a copy of the model there (None: with the model itself). dtype: of
+    the copy, and of vLLM. Raises UserError where vllm was asked for and cannot be had.
     """
     engine, why = None, "asked for"
     if name != "hf":
         fault = None
         try:
             engine = VLLMEngine(
-                policy_source(source), model, tokenizer, context, max_rows, memory, tp
+                policy_source(source), model, tokenizer, context, max_rows, memory, tp, dtype
             )
         except VLLMEngine.FAULTS as error:
             reason = (str(error).strip().splitlines() or [""])[0]
@@ -898,7 +911,7 @@ def make_engine(
     if engine is None:
         if tp > 1:
             raise UserError(f"--tp {tp} needs the vLLM engine ({why})")
-        engine = HFEngine(model, tokenizer, max_rows, device)
+        engine = HFEngine(model, tokenizer, max_rows, device, dtype)
     if rank() == 0:
         print(f"engine: {engine.name} ({why})")
     return engine

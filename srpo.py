@@ -175,6 +175,11 @@ class TrainingSettings:
     lora_rank: NotNegative = setting(
         0, "rank of LoRA adapters (paper: 64; needs peft); 0: all weights"
     )
+    dtype: Optional[Literal["float32", "bfloat16"]] = setting(
+        None,
+        "what training and sampling compute in, on float32 weights; unset: bfloat16 on GPUs, else "
+        "float32",
+    )
     grad_checkpointing: bool = setting(False, "less memory, a third more compute")
     micro_batch: Positive = setting(
         64, "rows in a forward of a process; the gradient stays the same"
@@ -455,15 +460,16 @@ def set_up(cfg: Config) -> Training:
     program = load_program(cfg.method)
     train_problems, eval_problems = load_data(cfg)
     tracker = load_tracker(cfg.tracker) if rank() == 0 else None
-    device, sharded = parallel.connect()
+    device, sharded = parallel.connect(cfg.dtype)
     out_dir = Path(cfg.resume or cfg.out_dir or on_main(new_out_dir, cfg))
     last_checkpoint = None
     if cfg.resume:
         last_checkpoint = on_main(runs.reopen, out_dir, cfg.steps)
     else:
         on_main(runs.check_new, out_dir)
-    dtype = torch.bfloat16 if cfg.lora_rank and device.type == "cuda" else torch.float32
-    model, tokenizer = policies.load_policy(cfg.model, dtype)
+    dtype = parallel.compute_dtype(cfg.dtype, device)
+    # A LoRA base is not trained: it needs no float32 weights.
+    model, tokenizer = policies.load_policy(cfg.model, dtype if cfg.lora_rank else torch.float32)
     policies.check_head(model, cfg.model)
     policies.check_saving(model, tokenizer, cfg.model)
     longest = policies.longest_sequence(model, cfg.model)
@@ -477,7 +483,7 @@ def set_up(cfg: Config) -> Training:
     if last_checkpoint:
         on_main(runs.check_origin, last_checkpoint, origin, cfg.allow_changes)
     n_parameters = sum(p.numel() for p in model.parameters())
-    engine = open_engine(cfg, model, tokenizer, context, device if sharded else None)
+    engine = open_engine(cfg, model, tokenizer, context, device if sharded else None, dtype)
     torch.manual_seed(cfg.seed)  # LoRA adapters start at random
     prepare(model, cfg, device, sharded)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -500,9 +506,10 @@ def set_up(cfg: Config) -> Training:
     return run
 
 
-def open_engine(cfg: Config, model, tokenizer, context: int, copy_device) -> Engine:
+def open_engine(cfg: Config, model, tokenizer, context: int, copy_device, dtype) -> Engine:
     """The engine of --engine. copy_device: where it keeps a copy of the model; None: no copy."""
-    settings = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp, device=copy_device)
+    settings = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp)
+    settings |= dict(device=copy_device, dtype=dtype)
     engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **settings)
     if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
         raise UserError(
@@ -566,7 +573,8 @@ def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
     if cfg.grad_checkpointing:
         policies.checkpoint_layers(model)
     if sharded:
-        parallel.shard(model, policies.layers_of(model), device, chosen_logps)
+        dtype = parallel.compute_dtype(cfg.dtype, device)
+        parallel.shard(model, policies.layers_of(model), device, dtype, chosen_logps)
 
 
 def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> None:

@@ -145,20 +145,32 @@ def with_room(kept: torch.Tensor, new: torch.Tensor, room: int) -> torch.Tensor:
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """transformers' sdpa attention; on a CPU the heads of one new token share keys and values."""
-    if query.device.type != "cpu" or query.shape[2] > 1 or kwargs.get("position_bias") is not None:
+    """transformers' sdpa attention, faster on a CPU.
+
+    There it computes in float32 (bfloat16 takes 2 to 6 times as long), and the heads of one new
+    token share keys and values.
+    """
+    if query.device.type != "cpu" or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    out = scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
-    )
-    return out.transpose(1, 2).contiguous(), None
+    dtype = query.dtype
+    query, key, value = query.float(), key.float(), value.float()
+    if query.shape[2] == 1:
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        out = out.transpose(1, 2).contiguous()
+    else:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    return out.to(dtype), None
 
 
-def share_heads(model) -> None:
+def use_attend(model) -> None:
     """Makes a model whose attention is sdpa use `attend`."""
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register("sdpa_shared_heads", attend)
-        AttentionMaskInterface.register("sdpa_shared_heads", sdpa_mask)
-        model.set_attn_implementation("sdpa_shared_heads")
+        AttentionInterface.register("sdpa_on_cpu", attend)
+        AttentionMaskInterface.register("sdpa_on_cpu", sdpa_mask)
+        model.set_attn_implementation("sdpa_on_cpu")

@@ -46,12 +46,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def connect() -> tuple[torch.device, bool]:
+def connect(dtype: str | None = None) -> tuple[torch.device, bool]:
     """Joins the processes: (this process's device, whether the model is to be sharded).
 
-    NCCL between GPUs, Gloo between CPUs. One GPU is a shard of its own: bf16 compute on float32
-    master weights is then the same code as on many. Raises UserError if a process has no GPU of its
-    own.
+    NCCL between GPUs, Gloo between CPUs. One process is a shard of its own on a GPU, and on a CPU
+    that computes in bfloat16 (dtype, of --dtype): with float32 master weights this is then the same
+    code as for many. Raises UserError if a process has no GPU of its own.
     """
     if processes() > 1:
         end_with_parent()
@@ -64,7 +64,7 @@ def connect() -> tuple[torch.device, bool]:
         )
     if cuda:
         torch.cuda.set_device(local)
-    sharded = cuda or processes() > 1
+    sharded = cuda or processes() > 1 or dtype == "bfloat16"
     if sharded and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         patience = timedelta(hours=2)  # a phase of sampling may be that uneven
@@ -74,6 +74,13 @@ def connect() -> tuple[torch.device, bool]:
         dist.init_process_group(backend, timeout=patience, store=store, **places)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     return device, sharded
+
+
+def compute_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The type that the policy computes in; dtype: of --dtype, None: the device's usual one."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
 
 
 JOIN = timedelta(minutes=1)  # torchrun's agent listens before it starts a process
@@ -183,19 +190,19 @@ class StopRequest:
 # ------------------------------------------------------------------------------------------- shards
 
 
-def shard(model, layers: list, device: torch.device, method: Callable) -> None:
+def shard(model, layers: list, device: torch.device, dtype: torch.dtype, method: Callable) -> None:
     """Shards a loaded model over all processes, in place (FSDP2): each of its layers, then the
     rest.
 
-    It computes in bf16 on a GPU, with float32 masters and gradients. Gradients are summed over
+    It computes in `dtype`, with float32 masters and gradients. Gradients are summed over
     processes, not averaged: the loss's weights already hold 1/N of the whole step. method: a
     function (model, ...) that runs the model; it becomes a method that gathers parameters as
     `forward` does.
     """
     mesh = init_device_mesh(device.type, (processes(),))
     precision = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if dtype != torch.float32:
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in (*layers, model):  # moves it to the device, one part at a time
         fully_shard(part, mesh=mesh, mp_policy=precision)
         part.set_gradient_divide_factor(1.0)

@@ -102,9 +102,7 @@ def random_rollouts(vocabulary: int, groups: int, prompt: int, length: int) -> l
 
 
 def check_shards(report: Report, out: Path) -> None:
-    device, sharded = connect()
-    if not sharded:  # the group that a GPU's process has
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device, _ = connect("bfloat16")
     ones = torch.ones(1000, device=device)
     dist.all_reduce(ones)
     require(bool((ones == 1).all()), "a sum over one process is not its own part")
@@ -116,26 +114,26 @@ def check_shards(report: Report, out: Path) -> None:
     backward(model, items, tokenizer.pad_token_id, cfg, device)
     exact = {name: p.grad.clone() for name, p in model.named_parameters()}
     model, _ = load_policy("embedded")
-    shard(model, layers_of(model), device, chosen_logps)
+    shard(model, layers_of(model), device, torch.bfloat16, chosen_logps)
     backward(model, items, tokenizer.pad_token_id, cfg, device)
     worst = 0.0
     for name, p in model.named_parameters():
         require(p.dtype == p.grad.dtype == torch.float32, f"{name} is not float32")
         difference = (whole(p.grad) - exact[name]).norm() / exact[name].norm()
         worst = max(worst, difference.item())
-    what = f"gradient of shards computed in {'bf16' if CUDA else 'float32'}, beside float32 whole"
+    what = "gradient of shards computed in bf16, beside float32 whole"
     report.add(what, f"off by {worst:.2g} of its norm, at worst", "at most 0.15")
     require(worst < 0.15, f"the gradient of shards is off by {worst:.1%}")
     dist.destroy_process_group()
 
 
-GAP = 0.1 if CUDA else 1e-3  # nats on average: bf16 beside float32, and float32 beside itself
+GAP = 0.1  # nats on average: bf16 beside float32
 
 
 def check_engine(report: Report, out: Path) -> None:
     device = torch.device("cuda" if CUDA else "cpu")
     model, tokenizer = load_policy("embedded")
-    engine = HFEngine(model, tokenizer, device=device)
+    engine = HFEngine(model, tokenizer, device=device, dtype=torch.bfloat16)
     model.to(device)
     report.add("engine's copy", f"{engine.model.dtype} on {engine.model.device}")
     problems = load_problems("chain-12", seed=1)[: 32 if CUDA else 8]

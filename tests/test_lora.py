@@ -89,10 +89,10 @@ def test_two_processes_are_one(tmp_path, adapted):
     assert distance(weights(out, 3), weights(adapted, 3)) < 1e-4
 
 
-def test_adapters_are_float32_on_a_bf16_base(policy, monkeypatch):
+def test_adapters_are_float32_on_a_bf16_base(policy):
     rollouts = rewarded_rollouts(policy)
     with process_group():
-        model = backward_as_on_a_gpu(monkeypatch, rollouts, lora_rank=4)
+        model = backward_as_on_a_gpu(rollouts, lora_rank=4)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         assert {p.dtype for p in frozen} == {torch.bfloat16}
         names = {name for name, _ in policy.model.named_parameters()}

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_run import lines_of
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import srpo
 from conftest import IDEA, POLICY, ROOT, settings
@@ -244,14 +243,12 @@ def rewarded_rollouts(policy):
     return rollouts
 
 
-def backward_as_on_a_gpu(monkeypatch, rollouts, lora_rank):
+def backward_as_on_a_gpu(rollouts, lora_rank):
     """What a GPU runs, on a CPU of one process: shards, bf16 compute and gradient checkpointing.
 
     Returns the model with its gradients."""
-    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    monkeypatch.setattr("data.parallel.MixedPrecisionPolicy", lambda: bf16)
     model, _ = load_policy(POLICY, torch.bfloat16 if lora_rank else torch.float32)
-    cfg = srpo.Config(lora_rank=lora_rank, grad_checkpointing=True).resolve()
+    cfg = srpo.Config(lora_rank=lora_rank, dtype="bfloat16", grad_checkpointing=True).resolve()
     srpo.prepare(model, cfg, torch.device("cpu"), sharded=True)
     cfg = settings(micro_batch=5)
     backward(model, weigh(rollouts, cfg), 0, cfg)
@@ -261,7 +258,7 @@ def backward_as_on_a_gpu(monkeypatch, rollouts, lora_rank):
     return model
 
 
-def test_bf16_shards_on_float32_masters(policy, monkeypatch):
+def test_bf16_shards_on_float32_masters(policy):
     """bf16 compute with float32 gradients and masters: close to the float32 gradient. With
     adapters: see test_lora.py."""
     rollouts = rewarded_rollouts(policy)
@@ -270,7 +267,7 @@ def test_bf16_shards_on_float32_masters(policy, monkeypatch):
     backward(policy.model, weigh(rollouts, cfg), 0, cfg)
     exact = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     with process_group():
-        model = backward_as_on_a_gpu(monkeypatch, rollouts, lora_rank=0)
+        model = backward_as_on_a_gpu(rollouts, lora_rank=0)
         for name, p in model.named_parameters():
             assert (whole(p.grad) - exact[name]).norm() < 0.15 * exact[name].norm(), name
         assert dict(whole_weights(model)).keys() == exact.keys()

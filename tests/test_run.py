@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srpo
@@ -363,6 +365,22 @@ def test_resume_can_be_extended(tmp_path, uninterrupted):
     run_here(*LONGER, "--steps", "3", "--out_dir", out)
     run_here("--resume", out, "--steps", "5")
     assert weights(out, 5) == weights(uninterrupted, 5)
+
+
+def test_a_run_in_bfloat16_is_resumed_exactly(tmp_path):
+    """One process is a shard then, as on a GPU: float32 weights, and a bfloat16 copy samples."""
+    flags = [*TINY, "--dtype", "bfloat16"]
+    for folder, steps in (("whole", 3), ("parts", 1)):
+        done = run(*flags, "--steps", steps, "--out_dir", tmp_path / folder)
+        assert done.returncode == 0, done.stderr
+    done = run("--resume", tmp_path / "parts", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "parts", 3) == weights(tmp_path / "whole", 3)
+    saved = load_file(tmp_path / "whole/checkpoints/step_3/model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    for line in lines_of(tmp_path / "whole" / "metrics.jsonl")[1:]:
+        assert 1e-5 < line["gap"] < 0.02  # two bfloat16 computations of the same number
+    assert "dtype=bfloat16" in name_of(read_run(tmp_path / "whole"))
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys, uninterrupted):
