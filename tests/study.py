@@ -16,6 +16,7 @@ Try it alone:  python -m tests.study sweep --minutes 1
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,9 +29,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.curves import final, purposes_of
+from data.curves import final, finished_problems, purposes_of
 from data.faults import UserError
 from data.runs import Run, read_run
+from data.tasks import load_problems
+from data.verifiers import DELIMITER
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = Path(__file__).with_suffix(".jsonl")
@@ -92,6 +95,18 @@ ARMS = {
 }
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of a slice share, whatever their arm: flags."""
+
+    train: str  # of srpo.py
+    benchmark: str  # of eval.py benchmark, after the last step; "": none
+
+
+EMBEDDED = Setup("--eval_every 10 --save_every 20", "--problems 256")
+SWEEP = Setup(EMBEDDED.train, "")
+
+
 @dataclass
 class Slice:
     """Runs that belong together."""
@@ -100,6 +115,8 @@ class Slice:
     data: str
     seeds: range
     steps: int
+    setup: Setup = EMBEDDED
+    lr: float | None = None  # None: by the sweep
     table: str = ""  # where its results stand, beside those of other slices; "": by data
 
 
@@ -116,16 +133,16 @@ LATER = ["srpo response length", "vineppo", "spo_tree"]
 ABLATIONS = ["srpo 2x4", "srpo unmasked", "srpo exact"]
 HARD = "chain-12-below-4e-4"
 SLICES = {
-    "sweep": Slice(["grpo", "walk", "srpo", "rrpo"], "chain-12", range(100, 102), 40),
+    "sweep": Slice(["grpo", "walk", "srpo", "rrpo"], "chain-12", range(100, 102), 40, SWEEP),
     "hard": Slice(["srpo", "walk"], HARD, range(5), 60),
     "hard-grpo": Slice(["grpo"], HARD, range(5), 120),
     "default": Slice(["grpo", "srpo", "walk", "rrpo"], "chain-12", range(5), 60),
-    "better": Slice(BETTER, HARD, range(100, 102), 40, "Ideas on the hard set"),
-    "sweep-clipped": Slice(CLIPPED, "chain-12", range(100, 102), 40),
+    "better": Slice(BETTER, HARD, range(100, 102), 40, table="Ideas on the hard set"),
+    "sweep-clipped": Slice(CLIPPED, "chain-12", range(100, 102), 40, SWEEP),
     "default-clipped": Slice(CLIPPED[:2], "chain-12", range(5), 60),
     "hard-clipped": Slice(["grpo clipped twice"], HARD, range(5), 120),
     "controls-hard": Slice(CONTROLS, HARD, range(3), 60),
-    "sweep-corrections": Slice(["corrections"], "chain-12", range(100, 102), 40),
+    "sweep-corrections": Slice(["corrections"], "chain-12", range(100, 102), 40, SWEEP),
     "hard-corrections": Slice(["corrections"], HARD, range(5), 60),
     "difficulty-3e-3": Slice(["srpo", "walk"], "chain-12-below-3e-3", range(3), 60),
     "difficulty-3e-3-grpo": Slice(["grpo"], "chain-12-below-3e-3", range(3), 120),
@@ -133,15 +150,14 @@ SLICES = {
     "difficulty-2e-2-grpo": Slice(["grpo"], "chain-12-below-2e-2", range(3), 120),
     "controls": Slice(["walk at random", "walk half", *CONTROLS[-2:]], "chain-12", range(3), 60),
     "ablations": Slice(ABLATIONS, "chain-12", range(3), 60),
-    "sweep-later": Slice(LATER, "chain-12", range(100, 102), 40),
+    "sweep-later": Slice(LATER, "chain-12", range(100, 102), 40, SWEEP),
     "others": Slice([*LATER, "corrections", "srpo 1x8"], "chain-12", range(3), 60),
-    "sweep-sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(100, 102), 40),
+    "sweep-sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(100, 102), 40, SWEEP),
     "sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(1), 60),
 }
 GRID = [2.5e-4, 5e-4, 1e-3]  # learning rates of every arm; longer where the best is at an end
 SGD_GRID = [0.05, 0.1, 0.2]  # lengths of steps
 SWEEP_SEEDS = 2
-BENCHMARK = 256  # held-out problems, 8 responses each
 
 # -------------------------------------------------------------------------------------------- runs
 
@@ -197,6 +213,10 @@ class Result(Job):
     right_after_clean: float | None  # pass rate of continuations
     right_after_erroneous: float | None
     walks: list[list[int]]  # [found, failed] in the first and in the last ten steps
+    # Of the benchmark; None: there was none, or the line is older.
+    right: list[int] | None = None  # right responses to each held-out problem, of 8
+    certified: int | None = None  # right responses whose every step checks
+    distinct: int | None = None  # different texts among the right responses to a problem, summed
 
 
 def read_results(path: Path) -> list[Result]:
@@ -229,7 +249,9 @@ def jobs_of(name: str, results: list[Result]) -> list[Job]:
     jobs = []
     for seed in part.seeds:  # all arms of a seed first: a slice that is cut short is paired
         for arm in part.arms:
-            if name.startswith("sweep"):
+            if part.lr is not None:
+                rates = [part.lr]
+            elif name.startswith("sweep"):
                 rates = grid_of(arm, results)
             else:
                 rates = [best_rate(arm, results)]
@@ -259,13 +281,13 @@ def run_job(job: Job, deadline: float, args) -> Result | None:
     args.out.mkdir(parents=True, exist_ok=True)
     resumed = (folder / "config.json").exists()
     cpu_seconds = run_command(train_command(job, folder, resumed), folder)
-    if job.slice.startswith("sweep"):
-        return result_of(job, read_run(folder), None if resumed else cpu_seconds)
-    benchmark = [sys.executable, "eval.py", "benchmark", "--engine", "hf", "--n", "8"]
-    benchmark += ["--model", str(folder / "checkpoints" / f"step_{job.steps}")]
-    benchmark += ["--data", job.data, "--temperature", "1", "--seed", str(job.seed)]
-    benchmark += ["--problems", str(args.benchmark_problems), "--out", str(folder / "benchmark")]
-    run_command(benchmark, folder)
+    setup = SLICES[job.slice].setup
+    if setup.benchmark:
+        benchmark = [sys.executable, "eval.py", "benchmark", "--engine", "hf", "--n", "8"]
+        benchmark += ["--model", str(folder / "checkpoints" / f"step_{job.steps}")]
+        benchmark += ["--data", job.data, "--temperature", "1", "--seed", str(job.seed)]
+        benchmark += [*setup.benchmark.split(), "--out", str(folder / "benchmark")]
+        run_command(benchmark, folder)
     return result_of(job, read_run(folder), None if resumed else cpu_seconds)
 
 
@@ -276,7 +298,7 @@ def train_command(job: Job, folder: Path, resume: bool) -> list[str]:
         return [*command, "--resume", str(folder)]
     command += ["--engine", "hf", "--train_data", job.data, "--eval_data", job.data]
     command += ["--steps", str(job.steps), "--seed", str(job.seed), "--lr", str(job.lr)]
-    command += ["--eval_every", "10", "--save_every", "20", "--rollouts_every", "0"]
+    command += ["--rollouts_every", "0", *SLICES[job.slice].setup.train.split()]
     return [*command, *arm.flags.split(), "--out_dir", str(folder)]
 
 
@@ -319,7 +341,27 @@ def result_of(job: Job, run: Run, cpu_seconds: float | None) -> Result:
         right_after_clean=mean_of(lines, "pass_suffix_clean"),
         right_after_erroneous=mean_of(lines, "pass_suffix_erroneous"),
         walks=[walks_of(lines[:10]), walks_of(lines[-10:])],
+        **successes_of(job, run.folder / "benchmark"),
     )
+
+
+def successes_of(job: Job, benchmark: Path) -> dict:
+    """What the right responses of a benchmark are like; see the last fields of Result."""
+    files = [path for path in benchmark.glob("*.jsonl") if not path.name.startswith("unsolved-")]
+    if not files:
+        return {}
+    problems = {problem.index: problem for problem in load_problems(job.data, 10**6 + job.seed)}
+    right, certified, distinct = [], 0, 0
+    for index, responses in sorted(finished_problems(files[0], samples=8).items()):
+        texts = [response["text"] for response in responses if response["reward"] == 1]
+        right.append(len(texts))
+        distinct += len(set(texts))
+        certified += sum(problems[index].check_steps(thoughts_of(text)) is None for text in texts)
+    return {"right": right, "certified": certified, "distinct": distinct}
+
+
+def thoughts_of(text: str) -> list[str]:
+    return [thought for thought in re.split(f"(?<={DELIMITER})", text) if thought]
 
 
 def curve_of(run: Run) -> list[Point]:
@@ -407,7 +449,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, default=10**6, help="no run starts after them")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="run directories")
-    parser.add_argument("--benchmark_problems", type=int, default=BENCHMARK, help="of each run")
     run_slice(parser.parse_args(argv))
 
 

@@ -196,7 +196,7 @@ def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
             {
                 "arm": f"{arm}, {seeds_of(mine)}, {mine[0].steps} steps, {mine[0].lr:g}",
                 "pass@1 (95%)": in_words(t_interval([r.pass_rate for r in mine])),
-                "pass@8": f"{np.mean([r.pass_at_8 for r in mine]):.3f}",
+                "pass@8": mean_of_known([r.pass_at_8 for r in mine]),
                 f"minus {usual}'s": in_words(pair.difference()) if beside else "",
                 "at equal tokens": in_words(pair.at_equal_tokens()) if beside else "",
                 f"reached {TARGET}": f"{reached} of {len(mine)}",
@@ -228,6 +228,11 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
             }
         )
     return rows
+
+
+def mean_of_known(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.3f}" if known else ""
 
 
 def both_ends(values: list[list[float | None]]) -> str:

@@ -88,7 +88,8 @@ def test_slices_name_arms_that_a_sweep_covers():
 
 def test_the_plan_says_how_large_a_benchmark_is():
     plan = (ROOT / "tests" / "study.md").read_text()
-    assert f"pass rate of the last checkpoint ({study.BENCHMARK} held-out problems x 8" in plan
+    assert study.EMBEDDED.benchmark == "--problems 256"
+    assert "pass rate of the last checkpoint (256 held-out problems x 8" in plan
 
 
 # -------------------------------------------------------------------------------------- controls
@@ -296,15 +297,16 @@ def test_study_trains_goes_on_and_prints(tmp_path, capsys, monkeypatch):
     """A real run at the sweep's rate; it is not trained again, and resumed where it was cut off."""
     monkeypatch.setattr(study, "SWEEP_SEEDS", 1)
     monkeypatch.setattr(study, "grid_of", lambda arm, results: [1e-3])
-    part = study.Slice(["grpo"], "chain-2", range(1), 2)
+    small = study.Setup("--eval_every 0", "--problems 8")
+    part = study.Slice(["grpo"], "chain-2", range(1), 2, small)
     monkeypatch.setattr(study, "SLICES", {"sweep": part, "default": part})
     monkeypatch.setattr(study_tables, "SLICES", study.SLICES)
     monkeypatch.setattr(study_tables, "PANELS", {"chain-2": "two steps"})
     lines = tmp_path / "study.jsonl"
     (swept,) = made("grpo", [0.4], slice="sweep", lr=1e-3)
     lines.write_text(json.dumps(asdict(swept)) + "\n")
-    small = ["--out", str(tmp_path / "runs"), "--benchmark_problems", "8"]
-    study.main(["default", "--lines", str(lines), *small])
+    where = ["--lines", str(lines), "--out", str(tmp_path / "runs")]
+    study.main(["default", *where])
     _, result = study.read_results(lines)
     assert (result.steps, result.lr, result.arm) == (2, 1e-3, "grpo")
     first, last = result.curve
@@ -312,10 +314,13 @@ def test_study_trains_goes_on_and_prints(tmp_path, capsys, monkeypatch):
     assert last.generated == sum(result.tokens.values()) and last.verifier_calls == 512
     assert last.trained == result.trained_tokens and last.seconds > 0
     assert result.cpu_seconds > 1 and result.verifier_calls == 512
-    study.main(["default", "--lines", str(lines), *small])  # nothing is missing
+    assert np.mean(result.right) / 8 == pytest.approx(result.pass_rate, abs=1e-4)
+    assert result.certified == sum(result.right) > 0  # no luck: a right box certifies its steps
+    assert result.distinct == sum(n > 0 for n in result.right)  # a chain has one right text
+    study.main(["default", *where])  # nothing is missing
     assert len(study.read_results(lines)) == 2
     lines.write_text(lines.read_text().splitlines()[0] + "\n")  # as if it had been cut off
-    study.main(["default", "--lines", str(lines), *small])
+    study.main(["default", *where])
     again = study.read_results(lines)[1]
     assert again.curve == result.curve and again.cpu_seconds is None
     page = tmp_path / "study.md"
