@@ -79,6 +79,7 @@ ARMS = {
     "walk 24 rounds": Arm("--method walk --rounds 24", "walk"),
     "walk base 2": Arm("--method walk --base 2", "walk"),
     "walk base 1": Arm("--method walk --base 1", "walk"),
+    "walk warm": Arm("--method walk", "walk", "tests/warm.py"),
     "corrections": Arm("--method tests/methods.py:corrections"),
     # A step of VinePPO samples seven times as many tokens for a prompt: so it has fewer prompts.
     "vineppo": Arm(
@@ -128,6 +129,7 @@ BETTER = (
     "walk, walk latest, walk kept, walk by mean, walk rewarded reviews, walk 24 rounds, "
     "walk base 2, walk base 1"
 ).split(", ")
+CHOSEN = ["walk", "walk latest", "walk warm"]
 CLIPPED = ["grpo clipped twice", "srpo clipped twice", "srpo 1x8"]
 LATER = ["srpo response length", "vineppo", "spo_tree"]
 ABLATIONS = ["srpo 2x4", "srpo unmasked", "srpo exact"]
@@ -137,7 +139,10 @@ SLICES = {
     "hard": Slice(["srpo", "walk"], HARD, range(5), 60),
     "hard-grpo": Slice(["grpo"], HARD, range(5), 120),
     "default": Slice(["grpo", "srpo", "walk", "rrpo"], "chain-12", range(5), 60),
-    "better": Slice(BETTER, HARD, range(100, 102), 40, table="Ideas on the hard set"),
+    "ideas": Slice(BETTER, HARD, range(100, 102), 40, table="Ideas on the hard set"),
+    "better-hard": Slice(
+        CHOSEN, HARD, range(5, 10), 60, table="Ideas on the hard set, fresh seeds"
+    ),
     "sweep-clipped": Slice(CLIPPED, "chain-12", range(100, 102), 40, SWEEP),
     "default-clipped": Slice(CLIPPED[:2], "chain-12", range(5), 60),
     "hard-clipped": Slice(["grpo clipped twice"], HARD, range(5), 120),
@@ -148,6 +153,9 @@ SLICES = {
     "difficulty-3e-3-grpo": Slice(["grpo"], "chain-12-below-3e-3", range(3), 120),
     "difficulty-2e-2": Slice(["srpo", "walk"], "chain-12-below-2e-2", range(3), 60),
     "difficulty-2e-2-grpo": Slice(["grpo"], "chain-12-below-2e-2", range(3), 120),
+    "better-default": Slice(
+        CHOSEN, "chain-12", range(5, 10), 60, table="Ideas on the default set, fresh seeds"
+    ),
     "controls": Slice(["walk at random", "walk half", *CONTROLS[-2:]], "chain-12", range(3), 60),
     "ablations": Slice(ABLATIONS, "chain-12", range(3), 60),
     "sweep-later": Slice(LATER, "chain-12", range(100, 102), 40, SWEEP),

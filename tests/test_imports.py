@@ -55,6 +55,7 @@ LAYERS = [
         "tests/study.py",
         "tests/theory.py",
         "tests/walk_gain.py",
+        "tests/warm.py",
         "tests/conftest.py",
     ],
     ["tests/answers.py", "tests/gpu.py", "tests/study_tables.py"],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sgd import FixedLength
 from test_eval import make_run
+from warm import WarmAdamW
 
 from conftest import ROOT
 from data import curves, runs
@@ -341,6 +342,20 @@ def test_a_failing_run_stops_the_study_and_names_its_log(tmp_path, monkeypatch):
     command = ["sweep", "--lines", str(tmp_path / "a"), "--out", str(tmp_path / "runs")]
     with pytest.raises(UserError, match=r"failed; see .*\.log"):
         study.main(command)
+
+
+def test_a_warm_start_of_the_learning_rate():
+    """AdamW's first update is lr sign(g): a tenth of it is taken, then two, until all of it is."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = WarmAdamW([p], lr=0.1, weight_decay=0)
+    moved = []
+    for _ in range(12):
+        before = p.item()
+        p.grad = torch.ones(1)
+        optimizer.step()
+        moved.append(before - p.item())
+    expected = [0.01 * min(n, 10) for n in range(1, 13)]
+    assert moved == pytest.approx(expected, rel=1e-3)
 
 
 def test_steps_along_the_plain_gradient_have_a_fixed_length():
