@@ -307,10 +307,10 @@ and names the first wrong thought of its failures. Good for trying `srpo.py` on,
 else.
 
 Held-out problems, {measure} for each number of operations, 8 responses each at T = 1 (half a 95%
-interval over problems):
+interval over problems). Luck: right responses that have a wrong step.
 
-| | pass@1 | pass@8 | responses with a box | tokens |
-|---|---|---|---|---|
+| | pass@1 | pass@8 | luck | responses with a box | tokens |
+|---|---|---|---|---|---|
 {rates}
 
 Localization, on one failure of each problem with 2 to 4 operations, against the step checker:
@@ -358,15 +358,18 @@ def card_row(args, operations: int, sampler: Sampler) -> str:
     rewards = result.rewards  # [problems, 8]
     rates = rewards.mean(1)
     at_8 = np.mean([pass_at_k(8, int(right), 8) for right in rewards.sum(1)])
-    boxed = 0
-    for group in result.groups:
+    boxed = lucky = 0
+    for problem, group in zip(problems, result.groups):
         for rollout in group:
             if rollout.finish == "answer" or "boxed" in rollout.text:
                 boxed += 1
+            if rollout.reward == 1:
+                lucky += problem.check_steps(rollout.thoughts(sampler.tokenizer)) is not None
     tokens = result.tokens / rewards.size
     return (
-        f"| english-{operations} | {rates.mean():.3f} ± {half_interval(rates):.3f} "
-        f"| {at_8:.3f} | {boxed / rewards.size:.3f} | {tokens:.0f} |"
+        f"| english-{operations} | {rates.mean():.3f} ± {half_interval(rates):.3f} | {at_8:.3f} "
+        f"| {lucky} of {rewards.sum():.0f} "
+        f"| {boxed / rewards.size:.3f} | {tokens:.0f} |"
     )
 
 

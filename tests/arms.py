@@ -11,7 +11,7 @@ are flags: `--rounds 0` (no walk), `--localizer random` and `--localizer verifie
 
 Left out: controls for partial rewards. All here is for rewards of 0 and 1.
 
-Try it alone:  python srpo.py --method tests/arms.py:walk_half
+Try it alone:  python srpo.py --method tests/arms.py:walk_half --base 4
 """
 
 from collections.abc import Generator

@@ -42,9 +42,9 @@ def joined(task: Task, base: list[Rollout], found: Rollout) -> list[Rollout]:
 
 
 def latest(task: Task) -> Program:
-    """All four failures are reviewed; the one with the longest prefix that seems right is walked.
+    """All four failures are reviewed; the one with the longest kept prefix is walked.
 
-    Costs three reviews more than the walk.
+    Costs three reviews more than the walk. A fallback's random h* counts as well.
     """
     base = yield from start(task)
     if not all_failed(task, base):
@@ -64,6 +64,7 @@ UNFINISHED: dict[str, Rollout] = {}  # question -> the last response of a walk t
 def kept(task: Task) -> Program:
     """Where all four fail again, the walk goes on from where the last one of this problem ended.
 
+    So it differs from the walk only after a whole pass over the problems: 32 steps of the hard set.
     A run that is resumed starts with none: the memory is this process's.
     """
     base = yield from start(task)
@@ -99,7 +100,8 @@ def rewarded_reviews(task: Task) -> Program:
 
     A review is worth the share of thoughts that it keeps, if its continuation is right, else 0
     (after an option of the authors' release). Wants `--localize_temperature 1`, so that reviews
-    are samples of what is trained.
+    are samples of what is trained. Of the continuations only one success is trained. The step line
+    counts each of the four as a walk of its own.
     """
     base = yield from start(task)
     if not all_failed(task, base):

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tqdm import tqdm
@@ -43,7 +44,7 @@ LINES = Path(__file__).with_suffix(".jsonl")
 
 @dataclass
 class Arm:
-    """What is compared: flags of srpo.py, and which arm's sweep gives the learning rate."""
+    """What is compared: a script with its flags, and whose sweep gives the learning rate."""
 
     flags: str
     rate_of: str | None = None  # None: its own
@@ -117,7 +118,6 @@ class Slice:
     seeds: range
     steps: int
     setup: Setup = EMBEDDED
-    lr: float | None = None  # None: by the sweep
     table: str = ""  # where its results stand, beside those of other slices; "": by data
 
 
@@ -129,7 +129,7 @@ BETTER = (
     "walk, walk latest, walk kept, walk by mean, walk rewarded reviews, walk 24 rounds, "
     "walk base 2, walk base 1"
 ).split(", ")
-CHOSEN = ["walk", "walk latest", "walk warm"]
+CHOSEN = ["walk", "walk latest", "walk warm", "walk base 2"]
 CLIPPED = ["grpo clipped twice", "srpo clipped twice", "srpo 1x8"]
 LATER = ["srpo response length", "vineppo", "spo_tree"]
 ABLATIONS = ["srpo 2x4", "srpo unmasked", "srpo exact"]
@@ -172,7 +172,7 @@ SWEEP_SEEDS = 2
 
 @dataclass
 class Job:
-    """One run: which, and for which slice."""
+    """One training run, done or to do. Its key names its run directory; a key runs once."""
 
     slice: str
     arm: str
@@ -183,7 +183,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names its run directory."""
+        """Arms of one name must keep their flags: the key does not hold them."""
         name = f"{self.arm}-{self.data}-lr{self.lr:g}-{self.steps}-{self.seed}"
         return name.replace(" ", "-")
 
@@ -257,9 +257,7 @@ def jobs_of(name: str, results: list[Result]) -> list[Job]:
     jobs = []
     for seed in part.seeds:  # all arms of a seed first: a slice that is cut short is paired
         for arm in part.arms:
-            if part.lr is not None:
-                rates = [part.lr]
-            elif name.startswith("sweep"):
+            if name.startswith("sweep"):
                 rates = grid_of(arm, results)
             else:
                 rates = [best_rate(arm, results)]
@@ -268,15 +266,21 @@ def jobs_of(name: str, results: list[Result]) -> list[Job]:
 
 
 def run_jobs(todo: list[Job], deadline: float, args) -> None:
-    """Runs jobs side by side; none starts after the deadline. Raises UserError where one fails."""
+    """Runs jobs side by side; none starts after the deadline. Raises UserError where one fails:
+    none starts then, and those under way end and are kept."""
+    lock = Lock()
+
+    def run_and_keep(job: Job) -> None:
+        result = run_job(job, deadline, args)
+        if result is not None:
+            with lock, args.lines.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        running = [pool.submit(run_job, job, deadline, args) for job in todo]
+        running = [pool.submit(run_and_keep, job) for job in todo]
         try:
             for finished in tqdm(as_completed(running), total=len(todo), unit="run"):
-                result = finished.result()
-                if result is not None:
-                    with args.lines.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(result)) + "\n")
+                finished.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -288,6 +292,7 @@ def run_job(job: Job, deadline: float, args) -> Result | None:
     folder = args.out / job.key
     args.out.mkdir(parents=True, exist_ok=True)
     resumed = (folder / "config.json").exists()
+    started_from = commit()
     cpu_seconds = run_command(train_command(job, folder, resumed), folder)
     setup = SLICES[job.slice].setup
     if setup.benchmark:
@@ -296,7 +301,7 @@ def run_job(job: Job, deadline: float, args) -> Result | None:
         benchmark += ["--data", job.data, "--temperature", "1", "--seed", str(job.seed)]
         benchmark += [*setup.benchmark.split(), "--out", str(folder / "benchmark")]
         run_command(benchmark, folder)
-    return result_of(job, read_run(folder), None if resumed else cpu_seconds)
+    return result_of(job, read_run(folder), started_from, None if resumed else cpu_seconds)
 
 
 def train_command(job: Job, folder: Path, resume: bool) -> list[str]:
@@ -322,8 +327,8 @@ def run_command(command: list[str], folder: Path) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def result_of(job: Job, run: Run, cpu_seconds: float | None) -> Result:
-    """Sums up a finished run."""
+def result_of(job: Job, run: Run, started_from: str, cpu_seconds: float | None) -> Result:
+    """Sums up a finished run. started_from: the commit."""
     lines = [line for line in run.lines if line["step"] > 0]
     tokens, seconds = Counter(), Counter()
     for line in lines:
@@ -332,7 +337,7 @@ def result_of(job: Job, run: Run, cpu_seconds: float | None) -> Result:
     pass_rate, pass_at_8 = final(run)
     return Result(
         **asdict(job),
-        commit=commit(),
+        commit=started_from,
         date=date.today().isoformat(),
         cpu_seconds=None if cpu_seconds is None else round(cpu_seconds, 1),
         curve=curve_of(run),

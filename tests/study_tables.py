@@ -38,12 +38,6 @@ def t_interval(values: list[float]) -> Interval:
     return Interval(values.mean(), values.mean() - half, values.mean() + half)
 
 
-def in_words(measured: Interval, digits: int = 3) -> str:
-    """`0.582 (0.558 to 0.606)`."""
-    value, low, high = (f"{x:.{digits}f}" for x in measured)
-    return value if low == "nan" else f"{value} ({low} to {high})"
-
-
 @dataclass
 class Reach:
     """When a run reached the target. Where it did not: its whole cost, a lower bound."""
@@ -51,11 +45,12 @@ class Reach:
     reached: bool
     steps: float
     tokens: float  # generated
-    seconds: float  # by the clock
+    cpu: float  # seconds; nan: unknown, as the run was resumed
 
 
 def reach(result: Result, target: float = TARGET) -> Reach:
-    """Linear between evaluations."""
+    """Linear between evaluations. The run must start below the target."""
+    a_clock_second = cpu_of_a_second(result)
     for before, after in pairwise(result.curve):
         if before.pass_rate < target <= after.pass_rate:
             part = (target - before.pass_rate) / (after.pass_rate - before.pass_rate)
@@ -63,10 +58,20 @@ def reach(result: Result, target: float = TARGET) -> Reach:
                 reached=True,
                 steps=between(before.step, after.step, part),
                 tokens=between(before.generated, after.generated, part),
-                seconds=between(before.seconds, after.seconds, part),
+                cpu=between(before.seconds, after.seconds, part) * a_clock_second,
             )
     last = result.curve[-1]
-    return Reach(False, last.step, last.generated, last.seconds)
+    return Reach(False, last.step, last.generated, last.seconds * a_clock_second)
+
+
+def cpu_of_a_second(result: Result) -> float:
+    """CPU seconds of a run for each second of its steps by the clock, which a busy machine slows.
+
+    The CPU seconds of its start and its evaluations are spread over the steps.
+    """
+    if result.cpu_seconds is None:
+        return np.nan
+    return result.cpu_seconds / result.curve[-1].seconds
 
 
 def between(before: float, after: float, part: float) -> float:
@@ -79,28 +84,47 @@ def rate_at(result: Result, tokens: float) -> float:
 
 
 def column(result: Result, name: str) -> np.ndarray:
-    """One number of each evaluation of a run, a field of Point: [evaluations]."""
+    """One number of each evaluation of a run, a field of Point, or cpu (seconds): [evaluations]."""
+    if name == "cpu":
+        return column(result, "seconds") * cpu_of_a_second(result)
     return np.array([getattr(point, name) for point in result.curve])
 
 
 @dataclass
-class Saving:
-    """How many times as much the second arm spends until the target."""
+class Compared:
+    """What two arms differ by: a number for each seed."""
 
-    ratio: Interval  # geometric mean over seeds
-    bound: str  # ">" if a run of the second never got there, "<" of the first, "?" of both, or ""
+    values: list[float]
+    is_ratio: bool = False
+    bound: str = ""  # ">": some values are lower bounds; "<": upper ones; "?": neither
+
+    def interval(self) -> Interval:
+        """Mean over seeds and its 95% interval; of ratios the geometric mean."""
+        if self.is_ratio:
+            return Interval(*np.exp(t_interval(np.log(self.values))))
+        return t_interval(self.values)
 
     def __str__(self) -> str:
+        if not self.values:
+            return ""
         if self.bound == "?":
             return "-"
         if self.bound:
-            return f"{self.bound} {self.ratio.value:.2f}"
-        return in_words(self.ratio, 2)
+            return f"{self.bound} {self.interval().value:.2f}"
+        return in_words(self.values, self.interval(), digits=2 if self.is_ratio else 3)
+
+
+def in_words(values: list[float], measured: Interval, digits: int = 3) -> str:
+    """`0.582 (0.558 to 0.606)`; of one or two seeds the values, as an interval says nothing."""
+    if len(values) < 3:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
+    value, low, high = (f"{x:.{digits}f}" for x in measured)
+    return f"{value} ({low} to {high})"
 
 
 @dataclass
 class Pair:
-    """Two arms on one set, compared seed by seed."""
+    """Two arms on one set, compared seed by seed: the same problems in the same order."""
 
     first: list[Result]
     second: list[Result]
@@ -110,33 +134,37 @@ class Pair:
         second = {result.seed: result for result in self.second}
         return [(a, second[a.seed]) for a in self.first if a.seed in second]
 
-    def difference(self) -> Interval:
-        """Pass rate of the first minus that of the second."""
-        return t_interval([a.pass_rate - b.pass_rate for a, b in self.matched()])
+    def difference(self) -> Compared:
+        """Pass rate of the first minus that of the second, both at their ends."""
+        return Compared([a.pass_rate - b.pass_rate for a, b in self.matched()])
 
-    def at_equal_tokens(self) -> Interval:
+    def at_equal_tokens(self) -> Compared:
         """The same along training, where the arm that spent less has ended."""
         differences = []
         for a, b in self.matched():
             tokens = min(a.curve[-1].generated, b.curve[-1].generated)
             differences.append(rate_at(a, tokens) - rate_at(b, tokens))
-        return t_interval(differences)
+        return Compared(differences)
 
-    def saving(self, what: str) -> Saving:
-        """what: steps, tokens or seconds, a field of Reach."""
-        logs = []
+    def saving(self, what: str) -> Compared:
+        """How many times as much the second spends until the target. what: a field of Reach."""
+        ratios = []
         first_missed = second_missed = False
         for a, b in self.matched():
             ours, theirs = reach(a), reach(b)
+            ratio = getattr(theirs, what) / getattr(ours, what)
+            if np.isnan(ratio):
+                continue
             first_missed |= not ours.reached
             second_missed |= not theirs.reached
-            logs.append(np.log(getattr(theirs, what) / getattr(ours, what)))
-        ratio = Interval(*np.exp(t_interval(logs)))
+            ratios.append(ratio)
         if first_missed and second_missed:
-            return Saving(ratio, "?")
-        if second_missed:
-            return Saving(ratio, ">")
-        return Saving(ratio, "<" if first_missed else "")
+            bound = "?"
+        elif second_missed:
+            bound = ">"
+        else:
+            bound = "<" if first_missed else ""
+        return Compared(ratios, is_ratio=True, bound=bound)
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -160,7 +188,7 @@ def in_table(results: list[Result], table: str) -> dict[str, list[Result]]:
 
 
 def sweep_rows(results: list[Result]) -> list[dict]:
-    """Mean pass rate at the end of the sweep by arm and rate; the chosen one is marked."""
+    """Mean pass rate at the end of the sweep by arm and rate; the best so far is marked."""
     rows = []
     rates = sorted({r.lr for r in results if r.slice.startswith("sweep")})
     for arm in ARMS:
@@ -185,27 +213,41 @@ def seeds_of(mine: list[Result]) -> str:
 
 
 def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
-    """What each arm reaches, beside GRPO; where there is none, beside the walk."""
+    """What each arm reaches, beside GRPO, or the walk where there is no GRPO; controls of the walk
+    also beside the walk."""
     rows = []
     usual = "grpo" if "grpo" in named else "walk"
     for arm, mine in named.items():
-        pair = Pair(mine, named.get(usual, []))
         reached = len([result for result in mine if reach(result).reached])
-        beside = bool(pair.matched()) and arm != usual
-        rows.append(
-            {
-                "arm": f"{arm}, {seeds_of(mine)}, {mine[0].steps} steps, {mine[0].lr:g}",
-                "pass@1 (95%)": in_words(t_interval([r.pass_rate for r in mine])),
-                "pass@8": mean_of_known([r.pass_at_8 for r in mine]),
-                f"minus {usual}'s": in_words(pair.difference()) if beside else "",
-                "at equal tokens": in_words(pair.at_equal_tokens()) if beside else "",
-                f"reached {TARGET}": f"{reached} of {len(mine)}",
-                f"{usual}'s steps / its": str(pair.saving("steps")) if beside else "",
-                f"{usual}'s tokens / its": str(pair.saving("tokens")) if beside else "",
-                f"{usual}'s seconds / its": str(pair.saving("seconds")) if beside else "",
-            }
-        )
+        rates = [result.pass_rate for result in mine]
+        row = {
+            "arm": f"{arm}, {seeds_of(mine)}, {mine[0].steps} steps, {mine[0].lr:g}",
+            "pass@1 (95%)": in_words(rates, t_interval(rates)),
+            "pass@8": mean_of_known([r.pass_at_8 for r in mine]),
+            f"reached {TARGET}": f"{reached} of {len(mine)}",
+        }
+        others = [] if arm == usual else named[usual]
+        row |= comparison(Pair(mine, others), usual)
+        if usual == "grpo" and any(ARMS[one].rate_of == "walk" for one in named):
+            others = named.get("walk", []) if ARMS[arm].rate_of == "walk" else []
+            row["minus walk's"] = str(Pair(mine, others).difference())
+        rows.append(row)
     return rows
+
+
+def comparison(pair: Pair, usual: str) -> dict[str, str]:
+    """The cells that compare an arm with the usual one; empty where they share no seed."""
+    difference = str(pair.difference())
+    lengths = {b.steps for a, b in pair.matched() if b.steps != a.steps}
+    if lengths:
+        difference += f"; {usual} after {max(lengths)}"
+    return {
+        f"minus {usual}'s": difference,
+        "at equal tokens": str(pair.at_equal_tokens()),
+        f"{usual}'s steps / its": str(pair.saving("steps")),
+        f"{usual}'s tokens / its": str(pair.saving("tokens")),
+        f"{usual}'s CPU s / its": str(pair.saving("cpu")),
+    }
 
 
 def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
@@ -259,55 +301,96 @@ class Claim:
     text: str
     first: str
     second: str
-    saved: str = ""  # steps or tokens until the target; "": the difference of pass rates
+    table: str = "chain-12"
+    # end, equal tokens: the difference of pass rates there. steps, tokens: the ratio until 0.3.
+    by: str = "end"
     low: float = 0.0
     high: float = np.inf
 
 
+IDEAS = "Ideas on the hard set, fresh seeds"
 CLAIMS = [
     Claim("SRPO ends above RRPO", "srpo", "rrpo"),
     Claim("SRPO ends above GRPO", "srpo", "grpo"),
     Claim("RRPO ends within 0.05 of GRPO", "rrpo", "grpo", low=-0.05, high=0.05),
-    Claim("SRPO needs half of GRPO's steps or fewer (times)", "srpo", "grpo", "steps", low=2),
-    Claim("... and half of its tokens (times)", "srpo", "grpo", "tokens", low=2),
+    Claim("SRPO needs half of GRPO's steps or fewer (times)", "srpo", "grpo", by="steps", low=2),
+    Claim("... and half of its tokens (times)", "srpo", "grpo", by="tokens", low=2),
     Claim("1x4 ends above 2x4", "srpo", "srpo 2x4"),
     Claim("1x4 ends above 1x8", "srpo", "srpo 1x8"),
     Claim("masking the prefix helps", "srpo", "srpo unmasked"),
     Claim("ours: the exact localizer helps", "srpo exact", "srpo"),
     Claim("ours: SRPO ends above GRPO, both clipped", "srpo clipped twice", "grpo clipped twice"),
+    Claim("SRPO is above GRPO at equal tokens", "srpo", "grpo", HARD, "equal tokens"),
     Claim("ours: the walk ends above GRPO", "walk", "grpo"),
+    Claim("ours: the walk ends above GRPO clipped twice", "walk", "grpo clipped twice"),
+    Claim("ours: the walk is above GRPO at equal tokens", "walk", "grpo", HARD, "equal tokens"),
+    Claim(
+        "... above GRPO clipped twice at equal tokens",
+        "walk",
+        "grpo clipped twice",
+        HARD,
+        "equal tokens",
+    ),
+    Claim("... needs fewer tokens than GRPO (times)", "walk", "grpo", HARD, "tokens", low=1),
+    Claim("walk latest needs fewer tokens (times)", "walk latest", "walk", IDEAS, "tokens", low=1),
+    Claim("walk warm needs fewer tokens (times)", "walk warm", "walk", IDEAS, "tokens", low=1),
+    Claim("walk base 2 needs fewer tokens (times)", "walk base 2", "walk", IDEAS, "tokens", low=1),
 ]
 
 
-def claim_rows(named: dict[str, list[Result]]) -> list[dict]:
+def claim_rows(results: list[Result]) -> list[dict]:
     """Each claim whose two arms were run, with its number and the verdict."""
     rows = []
     for claim in CLAIMS:
+        named = in_table(results, claim.table)
         pair = Pair(named.get(claim.first, []), named.get(claim.second, []))
         if not pair.matched():
             continue
-        if claim.saved:
-            saving = pair.saving(claim.saved)
-            number, judged = str(saving), verdict(saving.ratio, claim, saving.bound)
-        else:
-            number, judged = in_words(pair.difference()), verdict(pair.difference(), claim)
-        rows.append({"claim": claim.text, "measured (95%)": number, "verdict": judged})
+        compared = measured(claim, pair)
+        rows.append(
+            {
+                "claim": claim.text,
+                "runs": claim.table,
+                "measured (95%)": str(compared),
+                "verdict": verdict(compared, claim),
+            }
+        )
     return rows
 
 
-def verdict(measured: Interval, claim: Claim, bound: str = "") -> str:
+def measured(claim: Claim, pair: Pair) -> Compared:
+    if claim.by == "end":
+        return pair.difference()
+    if claim.by == "equal tokens":
+        return pair.at_equal_tokens()
+    return pair.saving(claim.by)
+
+
+SMALL = 0.05  # a difference of pass rates, and
+NEAR = 1.15  # a ratio of costs, either way: within them two arms do not differ
+
+
+def verdict(compared: Compared, claim: Claim) -> str:
     """Whether the interval lies inside the claim's bounds, outside, or across one of them.
 
-    bound: ">" if the number is a lower bound, which cannot refute a claim of at least `low`; "<" if
-    it is an upper one, which cannot support it.
+    Values that are bounds have no interval: all of them must lie on one side. A lower bound cannot
+    refute a claim of at least `low`, and an upper one cannot support it.
     """
-    inside = claim.low < measured.low and measured.high < claim.high
-    outside = measured.high < claim.low or measured.low > claim.high
-    if inside and bound in ("", ">"):
+    if len(compared.values) < 3:
+        return "undecided"
+    if compared.bound == ">" and min(compared.values) > claim.low:
         return "seen here"
-    if outside and bound in ("", "<"):
+    if compared.bound == "<" and max(compared.values) < claim.low:
         return "not so here"
-    return "undecided"  # also for one seed, whose interval is nan
+    if compared.bound:
+        return "undecided"
+    _, low, high = compared.interval()
+    if claim.low < low and high < claim.high:
+        return "seen here"
+    if high < claim.low or low > claim.high:
+        return "not so here"
+    alike = (1 / NEAR, NEAR) if compared.is_ratio else (-SMALL, SMALL)
+    return "no difference" if alike[0] < low and high < alike[1] else "undecided"
 
 
 # -------------------------------------------------------------------------------------- difficulty
@@ -326,7 +409,7 @@ def difficulty_rows(results: list[Result]) -> list[dict]:
         for arm in ("walk", "srpo"):
             pair = Pair(named.get(arm, []), grpo)
             for what in ("steps", "tokens"):
-                row[f"grpo's {what} / {arm}'s"] = str(pair.saving(what)) if pair.matched() else ""
+                row[f"grpo's {what} / {arm}'s"] = str(pair.saving(what))
         rows.append(row)
     return rows
 
@@ -340,7 +423,7 @@ AXES = {  # fields of Point: label, divisor
     "generated": ("million generated tokens, of all kinds", 1e6),
     "trained": ("million tokens in the loss", 1e6),
     "verifier_calls": ("thousand verifier calls", 1e3),
-    "seconds": ("seconds by the clock, transformers engine", 1),
+    "cpu": ("CPU seconds, transformers engine", 1),
 }
 
 
@@ -426,9 +509,9 @@ def report(results: list[Result]) -> str:
     difficulty = difficulty_rows(results)
     if difficulty:
         parts += ["### By difficulty", markdown(difficulty)]
-    claims = claim_rows(in_table(results, "chain-12"))
+    claims = claim_rows(results)
     if claims:
-        parts += ["### Claims, on the default set", markdown(claims)]
+        parts += ["### Claims", markdown(claims)]
     return "\n\n".join(parts)
 
 

@@ -455,7 +455,7 @@ def test_warm_start_resumes_exactly_and_can_be_trained(folder, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not list(killed.glob("*.pt"))
     card = (killed / "README.md").read_text()
-    assert "| english-3 |" in card
+    assert "| english-3 |" in card and "| 0 of 0 |" in card
     assert "a step chosen at random" in card
     with pytest.raises(UserError, match="other settings"):
         warm.main(command(folder, killed, lr=1e-3))

@@ -57,6 +57,8 @@ def made(arm: str, rates: list[float], **changes) -> list[study.Result]:
     for seed, rate in enumerate(rates):
         start, middle, end = MADE.curve
         curve = [start, replace(middle, pass_rate=rate / 2), replace(end, pass_rate=rate)]
+        if changes.get("slice") == "hard":
+            changes["data"] = study.HARD
         changes |= {"arm": arm, "seed": seed, "pass_rate": rate, "curve": curve}
         results.append(replace(MADE, **changes))
     return results
@@ -233,37 +235,47 @@ def test_intervals_cover_as_often_as_they_say():
 
 def test_pairing_removes_what_seeds_share():
     pair = study_tables.Pair(made("walk", [0.5, 0.6, 0.9]), made("grpo", [0.4, 0.5, 0.8]))
-    assert pair.difference() == pytest.approx((0.1, 0.1, 0.1))
+    assert pair.difference().interval() == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_reach_is_linear_between_evaluations_and_a_lower_bound():
     reach = study_tables.reach(MADE, target=0.3)
     assert (reach.reached, reach.steps, reach.tokens) == (True, 15, 150)
-    assert reach.seconds == pytest.approx(2)
+    assert reach.cpu == pytest.approx(2 * 1.0 / 3)  # the run's one CPU second took 3 by the clock
     reach = study_tables.reach(MADE, target=0.9)
-    assert reach == study_tables.Reach(False, steps=20, tokens=200, seconds=3.0)
+    assert reach == study_tables.Reach(False, steps=20, tokens=200, cpu=1.0)
 
 
 def test_savings_are_bounds_where_a_run_never_gets_there():
-    fast, slow = made("walk", [0.8, 0.8]), made("grpo", [0.4, 0.4])
-    never = made("grpo", [0.4, 0.1])
+    fast, slow = made("walk", [0.8, 0.8, 0.8]), made("grpo", [0.4, 0.4, 0.4])
+    never = made("grpo", [0.4, 0.1, 0.4])
     assert str(study_tables.Pair(fast, slow).saving("tokens")) == "2.00 (2.00 to 2.00)"
     assert str(study_tables.Pair(fast, never).saving("tokens")).startswith("> ")
     assert str(study_tables.Pair(never, fast).saving("tokens")).startswith("< ")
     assert str(study_tables.Pair(never, never).saving("tokens")) == "-"
+    for result in slow:
+        result.cpu_seconds = None  # resumed: nobody knows
+    assert str(study_tables.Pair(fast, slow).saving("cpu")) == ""
+
+
+def test_one_or_two_seeds_have_no_interval():
+    pair = study_tables.Pair(made("walk", [0.5, 0.7]), made("grpo", [0.4, 0.5]))
+    assert str(pair.difference()) == "0.100, 0.200"
+    claim = study_tables.Claim("above", "walk", "grpo")
+    assert study_tables.verdict(pair.difference(), claim) == "undecided"
 
 
 def test_claims():
-    named = {
-        "grpo": made("grpo", [0.4, 0.41, 0.4]),
-        "rrpo": made("rrpo", [0.4, 0.4, 0.41]),
-        "srpo": made("srpo", [0.3, 0.31, 0.3]),
-        "srpo 2x4": made("srpo 2x4", [0.1, 0.5, 0.3]),
-    }
-    verdicts = {row["claim"]: row["verdict"] for row in study_tables.claim_rows(named)}
+    results = made("grpo", [0.4, 0.41, 0.4]) + made("rrpo", [0.4, 0.4, 0.41])
+    results += made("srpo", [0.3, 0.31, 0.3]) + made("srpo 2x4", [0.1, 0.5, 0.3])
+    results += made("srpo unmasked", [0.31, 0.3, 0.31]) + made("grpo", [0.1] * 3, slice="hard")
+    results += made("walk", [0.8] * 3, slice="hard")
+    verdicts = {row["claim"]: row["verdict"] for row in study_tables.claim_rows(results)}
     assert verdicts["SRPO ends above GRPO"] == "not so here"
     assert verdicts["RRPO ends within 0.05 of GRPO"] == "seen here"
     assert verdicts["1x4 ends above 2x4"] == "undecided"
+    assert verdicts["masking the prefix helps"] == "no difference"
+    assert verdicts["... needs fewer tokens than GRPO (times)"] == "seen here"  # a bound
     assert "1x4 ends above 1x8" not in verdicts  # 1x8 was not run
 
 
