@@ -153,9 +153,6 @@ SLICES = {
     "difficulty-3e-3-grpo": Slice(["grpo"], "chain-12-below-3e-3", range(3), 120),
     "difficulty-2e-2": Slice(["srpo", "walk"], "chain-12-below-2e-2", range(3), 60),
     "difficulty-2e-2-grpo": Slice(["grpo"], "chain-12-below-2e-2", range(3), 120),
-    "better-default": Slice(
-        CHOSEN, "chain-12", range(5, 10), 60, table="Ideas on the default set, fresh seeds"
-    ),
     "controls": Slice(["walk at random", "walk half", *CONTROLS[-2:]], "chain-12", range(3), 60),
     "ablations": Slice(ABLATIONS, "chain-12", range(3), 60),
     "sweep-later": Slice(LATER, "chain-12", range(100, 102), 40, SWEEP),
