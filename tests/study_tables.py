@@ -416,7 +416,12 @@ def difficulty_rows(results: list[Result]) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------- pictures
 
-DRAWN = {"grpo": "#4d4d4d", "srpo": "#d95f02", "walk": "#1b7837"}
+DRAWN = {
+    "grpo": "#4d4d4d",
+    "grpo clipped twice": "#7570b3",
+    "srpo": "#d95f02",
+    "walk": "#1b7837",
+}
 PANELS = {HARD: "hard set: untrained pass rates below 0.0004", "chain-12": "default set"}
 AXES = {  # fields of Point: label, divisor
     "step": ("steps", 1),
@@ -474,7 +479,7 @@ def draw_costs(results: list[Result], out: Path) -> None:
                 if arm in named:
                     draw_band(panel, named[arm], axis, f"{arm}, {seeds_of(named[arm])}", color)
             label_panel(panel, axis, PANELS[data] if axis == "step" else "")
-        row[0].legend(loc="upper left", fontsize=8)
+        row[2].legend(loc="lower right", fontsize=8)
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
