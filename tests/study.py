@@ -1,6 +1,6 @@
 """The runs of the study: which method reaches what, at what cost, on the embedded task.
 
-    python -m tests.study default --jobs 2     # trains what is missing of a slice
+    python -m tests.study default --jobs 2     # trains what is missing of a slice, or of several
     python -m tests.study_tables               # what the finished runs say so far
 
 The plan is in tests/study.md. A slice is a list of arms on one set of problems with some seeds.
@@ -59,7 +59,7 @@ ARMS = {
     "srpo": Arm("--method srpo"),
     "srpo clipped twice": Arm("--method srpo --updates 2 --clip 0.2"),
     "srpo 1x8": Arm("--method srpo --split 1x8"),
-    "srpo response length": Arm("--method srpo --length response"),
+    "srpo response length": Arm("--method srpo --length response", "srpo"),
     "walk": Arm("--method walk"),
     # What the walk gains by: one thing changed in each.
     "no walk": Arm("--method walk --rounds 0", "walk"),
@@ -81,12 +81,14 @@ ARMS = {
     "walk base 2": Arm("--method walk --base 2", "walk"),
     "walk base 1": Arm("--method walk --base 1", "walk"),
     "walk warm": Arm("--method walk", "walk", "tests/warm.py"),
-    "corrections": Arm("--method tests/methods.py:corrections"),
+    "walk clipped twice": Arm("--method walk --updates 2 --clip 0.2", "walk"),
+    # Others' methods, at GRPO's rate.
+    "corrections": Arm("--method tests/methods.py:corrections", "grpo"),
     # A step of VinePPO samples seven times as many tokens for a prompt: so it has fewer prompts.
     "vineppo": Arm(
-        "--method tests/methods.py:vineppo --base 4 --oracle_samples 2 --prompts_per_step 8"
+        "--method tests/methods.py:vineppo --base 4 --oracle_samples 2 --prompts_per_step 8", "grpo"
     ),
-    "spo_tree": Arm("--method tests/methods.py:spo_tree --length step"),
+    "spo_tree": Arm("--method tests/methods.py:spo_tree --length step", "grpo"),
     # The paper's ablations, at SRPO's rate.
     "srpo 2x4": Arm("--method srpo --split 2x4", "srpo"),
     "srpo unmasked": Arm("--method srpo --mask_prefix false", "srpo"),
@@ -131,7 +133,7 @@ BETTER = (
 ).split(", ")
 CHOSEN = ["walk", "walk latest", "walk warm", "walk base 2"]
 CLIPPED = ["grpo clipped twice", "srpo clipped twice", "srpo 1x8"]
-LATER = ["srpo response length", "vineppo", "spo_tree"]
+OTHERS = ["srpo response length", "srpo 1x8", "vineppo", "spo_tree", "corrections"]
 ABLATIONS = ["srpo 2x4", "srpo unmasked", "srpo exact"]
 HARD = "chain-12-below-4e-4"
 SLICES = {
@@ -147,7 +149,8 @@ SLICES = {
     "default-clipped": Slice(CLIPPED[:2], "chain-12", range(5), 60),
     "hard-clipped": Slice(["grpo clipped twice"], HARD, range(5), 120),
     "controls-hard": Slice(CONTROLS, HARD, range(3), 60),
-    "sweep-corrections": Slice(["corrections"], "chain-12", range(100, 102), 40, SWEEP),
+    "walk-clipped": Slice(["walk clipped twice"], "chain-12", range(5), 60),
+    "hard-walk-clipped": Slice(["walk clipped twice"], HARD, range(5), 60),
     "hard-corrections": Slice(["corrections"], HARD, range(5), 60),
     "difficulty-3e-3": Slice(["srpo", "walk"], "chain-12-below-3e-3", range(3), 60),
     "difficulty-3e-3-grpo": Slice(["grpo"], "chain-12-below-3e-3", range(3), 120),
@@ -155,8 +158,7 @@ SLICES = {
     "difficulty-2e-2-grpo": Slice(["grpo"], "chain-12-below-2e-2", range(3), 120),
     "controls": Slice(["walk at random", "walk half", *CONTROLS[-2:]], "chain-12", range(3), 60),
     "ablations": Slice(ABLATIONS, "chain-12", range(3), 60),
-    "sweep-later": Slice(LATER, "chain-12", range(100, 102), 40, SWEEP),
-    "others": Slice([*LATER, "corrections", "srpo 1x8"], "chain-12", range(3), 60),
+    "others": Slice(OTHERS, "chain-12", range(3), 60),
     "sweep-sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(100, 102), 40, SWEEP),
     "sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(1), 60),
 }
@@ -235,17 +237,21 @@ def read_results(path: Path) -> list[Result]:
     return results
 
 
-def run_slice(args) -> None:
-    """Trains what is missing of a slice, and appends a line for each finished run."""
+def run_slices(args) -> None:
+    """Trains what is missing of some slices, and appends a line for each finished run."""
     deadline = time.time() + 60 * args.minutes
     while True:
         results = read_results(args.lines)
         done = {result.key for result in results}
-        todo = [job for job in jobs_of(args.slice, results) if job.key not in done]
+        todo = {}
+        for name in args.slices:
+            for job in jobs_of(name, results):
+                if job.key not in done:
+                    todo[job.key] = job
         if not todo or time.time() > deadline:
-            print(f"{args.slice}: {len(todo)} runs are missing")
+            print(f"{' '.join(args.slices)}: {len(todo)} runs are missing")
             return
-        run_jobs(todo, deadline, args)
+        run_jobs(list(todo.values()), deadline, args)
 
 
 def jobs_of(name: str, results: list[Result]) -> list[Job]:
@@ -453,13 +459,13 @@ def best_rate(arm: str, results: list[Result]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=run_slice.__doc__)
-    parser.add_argument("slice", choices=SLICES)
+    parser = argparse.ArgumentParser(description=run_slices.__doc__)
+    parser.add_argument("slices", nargs="+", choices=SLICES, metavar="slice")
     parser.add_argument("--lines", type=Path, default=LINES, help="where the results are kept")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, default=10**6, help="no run starts after them")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="run directories")
-    run_slice(parser.parse_args(argv))
+    run_slices(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

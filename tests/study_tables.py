@@ -323,6 +323,8 @@ CLAIMS = [
     Claim("SRPO is above GRPO at equal tokens", "srpo", "grpo", HARD, "equal tokens"),
     Claim("ours: the walk ends above GRPO", "walk", "grpo"),
     Claim("ours: the walk ends above GRPO clipped twice", "walk", "grpo clipped twice"),
+    Claim("... both clipped twice", "walk clipped twice", "grpo clipped twice"),
+    Claim("... and it gains by the second update", "walk clipped twice", "walk"),
     Claim("ours: the walk is above GRPO at equal tokens", "walk", "grpo", HARD, "equal tokens"),
     Claim(
         "... above GRPO clipped twice at equal tokens",
