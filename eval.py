@@ -126,9 +126,10 @@ class Policy:
 def open_policy(args) -> Policy:
     """Loads --model with --engine, on this process's GPU where there is one."""
     device, _ = connect()
-    model, tokenizer = load_policy(args.model)
+    dtype = compute_dtype(args.dtype, device)
+    model, tokenizer = load_policy(args.model, dtype)
     context = model.config.get_text_config().max_position_embeddings
-    settings = dict(max_rows=args.max_rows, dtype=compute_dtype(None, device))
+    settings = dict(max_rows=args.max_rows, dtype=dtype)
     if device.type == "cuda":
         settings["device"] = device
     engine = make_engine(args.engine, args.model, model, tokenizer, context, **settings)
@@ -151,7 +152,7 @@ def held_out(data: str, args, at_most: int | None = None) -> list[Problem]:
 
 # Responses depend on these, and on the problems, by whose content files are named: a folder holds
 # the responses of one choice
-SETTINGS = ("model", "samples", "temperature", "seed", *LENGTHS)
+SETTINGS = ("model", "dtype", "samples", "temperature", "seed", *LENGTHS)
 
 
 def command_benchmark(args) -> None:
@@ -605,6 +606,8 @@ def add_sampling(command, problems: int | None, temperature: float) -> None:
     add("--temperature", type=temperature_of, default=temperature, help=help)
     add("--seed", type=NOT_NEGATIVE, default=0, help="of the sampling, and of generated problems")
     add("--engine", choices=["auto", "hf", "vllm"], default="auto", help="as in srpo.py")
+    help = "that the policy computes in (default: bfloat16 on GPUs, else float32)"
+    add("--dtype", choices=["float32", "bfloat16"], help=help)
     add("--max_rows", type=POSITIVE, default=512, help="rows that a process samples at once")
     add("--max_thoughts", type=POSITIVE, default=20, help="thoughts in a response, at most")
     add("--max_tokens_per_thought", type=POSITIVE, default=256, help="tokens in a thought, at most")

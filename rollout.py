@@ -510,6 +510,18 @@ class Engine:
         return [answers[ticket] for ticket in tickets]
 
 
+def copy_of(model, device: torch.device, dtype: torch.dtype):
+    """A copy of a model, with weights of type `dtype`.
+
+    Buffers keep their type, as in the sharded trainer: a rounded rotary frequency would turn far
+    positions by other angles than in training.
+    """
+    copied = copy.deepcopy(model).to(device)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copied
+
+
 class HFEngine(Engine):
     """Samples with a transformers model in this process: KV cache, one prefill for each state, and
     finished rows leave the batch.
@@ -536,7 +548,7 @@ class HFEngine(Engine):
         self.max_rows = max_rows
         self.has_copy = device is not None
         use_attend(model)  # the copy then does, too
-        self.model = copy.deepcopy(model).to(device, dtype) if self.has_copy else model
+        self.model = copy_of(model, device, dtype) if self.has_copy else model
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.pad = tokenizer.pad_token_id
         self.share, self.shares = rank(), processes()

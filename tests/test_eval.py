@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_verifiers import Words
 
 import eval as evaluation
@@ -176,6 +177,17 @@ def test_benchmark_goes_on_where_it_stopped(tmp_path, benchmarked, max_rows, cap
     assert rows == rows_of(first)
     for name in unsolved_files(benchmarked):
         assert (out / name).read_bytes() == (benchmarked / name).read_bytes()
+
+
+def test_a_benchmark_in_bfloat16(tmp_path, benchmarked, capsys):
+    """Another type is another policy: its responses do not join those of float32."""
+    out = tmp_path / "bfloat16"
+    shutil.copytree(benchmarked, out)
+    with pytest.raises(UserError, match="other settings"):
+        evaluation.main([*BENCH, "--dtype", "bfloat16", "--out", str(out)])
+    args = SimpleNamespace(dtype="bfloat16", model="embedded", engine="hf", max_rows=8)
+    opened = evaluation.open_policy(args)
+    assert {weight.dtype for weight in opened.engine.model.parameters()} == {torch.bfloat16}
 
 
 def unsolved_files(out):

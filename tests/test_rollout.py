@@ -472,6 +472,17 @@ def test_a_response_does_not_depend_on_what_else_is_in_the_batch(policy):
     assert any(other != first for other in others)
 
 
+def test_a_copy_in_bfloat16_keeps_positions(policy):
+    """Only the weights get the type: rounded rotary frequencies would be another policy."""
+    engine = HFEngine(policy.model, policy.tokenizer, 512, torch.device("cpu"), torch.bfloat16)
+    assert {weight.dtype for weight in engine.model.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in policy.model.parameters()} == {torch.float32}
+    buffers = dict(engine.model.named_buffers())
+    assert buffers
+    for name, buffer in policy.model.named_buffers():
+        assert torch.equal(buffers[name], buffer) and buffers[name].dtype == buffer.dtype
+
+
 def test_greedy_equals_transformers_generate(policy):
     tasks = policy.tasks(5, 4, temperature=0.0)
     groups = policy.engine.sample([task.request("base", 1) for task in tasks])
