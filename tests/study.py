@@ -109,6 +109,13 @@ class Setup:
 
 EMBEDDED = Setup("--eval_every 10 --save_every 20", "--problems 256")
 SWEEP = Setup(EMBEDDED.train, "")
+# Of the weights that `python -m data.warm_start --out smollm2` makes; the plan: tests/language.md.
+LIMITS = "--max_thoughts 9 --max_tokens_per_thought 32 --localize_tokens 256"
+SMOLLM2 = Setup(
+    f"--model smollm2 --dtype bfloat16 --prompts_per_step 8 --micro_batch 8 {LIMITS} "
+    "--eval_every 8 --eval_problems 48 --save_every 2",
+    f"--problems 128 --dtype bfloat16 {LIMITS}",
+)
 
 
 @dataclass
@@ -120,6 +127,7 @@ class Slice:
     seeds: range
     steps: int
     setup: Setup = EMBEDDED
+    lr: float | None = None  # of all its arms; None: each has that of its sweep
     table: str = ""  # where its results stand, beside those of other slices; "": by data
 
 
@@ -136,6 +144,21 @@ CLIPPED = ["grpo clipped twice", "srpo clipped twice", "srpo 1x8"]
 OTHERS = ["srpo response length", "srpo 1x8", "vineppo", "spo_tree", "corrections"]
 ABLATIONS = ["srpo 2x4", "srpo unmasked", "srpo exact"]
 HARD = "chain-12-below-4e-4"
+
+
+def pilots(lr: float) -> Slice:
+    """Short runs of SmolLM2 that choose the learning rate; each rate has a table of its own."""
+    return Slice(
+        ["grpo", "walk"],
+        "english-5-6",
+        range(100, 101),
+        8,
+        SMOLLM2,
+        lr=lr,
+        table=f"SmolLM2, pilots at {lr:g}",
+    )
+
+
 SLICES = {
     "sweep": Slice(["grpo", "walk", "srpo", "rrpo"], "chain-12", range(100, 102), 40, SWEEP),
     "hard": Slice(["srpo", "walk"], HARD, range(5), 60),
@@ -161,6 +184,8 @@ SLICES = {
     "others": Slice(OTHERS, "chain-12", range(3), 60),
     "sweep-sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(100, 102), 40, SWEEP),
     "sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(1), 60),
+    "smollm2-pilots-5e-5": pilots(5e-5),
+    "smollm2-pilots-1e-4": pilots(1e-4),
 }
 GRID = [2.5e-4, 5e-4, 1e-3]  # learning rates of every arm; longer where the best is at an end
 SGD_GRID = [0.05, 0.1, 0.2]  # lengths of steps
@@ -260,7 +285,9 @@ def jobs_of(name: str, results: list[Result]) -> list[Job]:
     jobs = []
     for seed in part.seeds:  # all arms of a seed first: a slice that is cut short is paired
         for arm in part.arms:
-            if name.startswith("sweep"):
+            if part.lr:
+                rates = [part.lr]
+            elif name.startswith("sweep"):
                 rates = grid_of(arm, results)
             else:
                 rates = [best_rate(arm, results)]

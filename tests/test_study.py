@@ -89,6 +89,14 @@ def test_slices_name_arms_that_a_sweep_covers():
         assert claim.first in study.ARMS and claim.second in study.ARMS
 
 
+def test_a_slice_may_give_the_rate():
+    job, other = study.jobs_of("smollm2-pilots-5e-5", [])  # without any sweep
+    assert job.lr == other.lr == 5e-5 and (job.arm, other.arm) == ("grpo", "walk")
+    command = study.train_command(job, study.ROOT / "run", resume=False)
+    cfg = parse(command[2:])
+    assert (cfg.model, cfg.dtype, cfg.lr, cfg.steps) == ("smollm2", "bfloat16", 5e-5, 8)
+
+
 def test_the_plan_says_how_large_a_benchmark_is():
     plan = (ROOT / "tests" / "study.md").read_text()
     assert study.EMBEDDED.benchmark == "--problems 256"
