@@ -1,8 +1,8 @@
 """Controls of the study: the walk with one thing changed, each as a program for `--method`.
 
   walk_half       half of the resets are at a random thought
-  success_alone   the found response without the four failures, as rejection sampling trains it
-  true_solution   the problem's own solution in place of the found response: an upper bound
+  success_alone   the found response keeps its advantage, the four failures beside it get none
+  true_solution   the problem's own solution in place of the found response, as a teacher gives it
   chained_groups  a suffix group in each round, in place of one continuation
   more_samples    fresh responses in place of resets, until one is right: no localizer is asked
 
@@ -25,13 +25,13 @@ from rollout import Program, Rollout, Row, Task, locate, walk
 
 def walk_half(task: Task) -> Program:
     """The walk with a localizer degraded to half: each reset is at random with chance 1/2."""
+    localize = task.localize
 
     def half(task: Task, seeds: list[Rollout]) -> Generator:
         if task.rng.random() < 0.5:
             return (yield from by_random(task, seeds))
         return (yield from localize(task, seeds))
 
-    localize = task.localize
     return (yield from walk(replace(task, localize=half)))
 
 

@@ -408,11 +408,14 @@ def thoughts_of(text: str) -> list[str]:
 
 
 def curve_of(run: Run) -> list[Point]:
+    """The evaluations that all runs of a slice have; a run that was stopped has others, too."""
+    every, last = run.config["eval_every"], run.lines[-1]["step"]
     points = []
     calls = 0
     for line in run.lines:
         calls += line.get("verifier_calls", 0)
-        if line.get("eval_pass_rate") is not None:
+        planned = line["step"] in (0, last) or (every and line["step"] % every == 0)
+        if planned and line.get("eval_pass_rate") is not None:
             seconds = round(line["seconds_total"], 1)
             spent = line["total_tokens"], line["trained_total"], calls, seconds
             points.append(Point(line["step"], *spent, line["eval_pass_rate"]))

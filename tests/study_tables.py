@@ -83,6 +83,11 @@ def rate_at(result: Result, tokens: float) -> float:
     return float(np.interp(tokens, column(result, "generated"), column(result, "pass_rate")))
 
 
+def equal_tokens(a: Result, b: Result) -> int:
+    """What the run that generated less has generated at its end."""
+    return min(a.curve[-1].generated, b.curve[-1].generated)
+
+
 def column(result: Result, name: str) -> np.ndarray:
     """One number of each evaluation of a run, a field of Point, or cpu (seconds): [evaluations]."""
     if name == "cpu":
@@ -99,19 +104,31 @@ class Compared:
     bound: str = ""  # ">": some values are lower bounds; "<": upper ones; "?": neither
 
     def interval(self) -> Interval:
-        """Mean over seeds and its 95% interval; of ratios the geometric mean."""
-        if self.is_ratio:
-            return Interval(*np.exp(t_interval(np.log(self.values))))
-        return t_interval(self.values)
+        """Mean over seeds and its 95% interval; of ratios the geometric mean.
+
+        Where values are bounds, the interval has no end on their open side.
+        """
+        value, low, high = t_interval(np.log(self.values) if self.is_ratio else self.values)
+        if self.bound in ("<", "?"):
+            low = -np.inf
+        if self.bound in (">", "?"):
+            high = np.inf
+        ends = Interval(value, low, high)
+        return Interval(*np.exp(ends)) if self.is_ratio else ends
 
     def __str__(self) -> str:
         if not self.values:
             return ""
+        digits = 2 if self.is_ratio else 3
         if self.bound == "?":
             return "-"
-        if self.bound:
-            return f"{self.bound} {self.interval().value:.2f}"
-        return in_words(self.values, self.interval(), digits=2 if self.is_ratio else 3)
+        if not self.bound:
+            return in_words(self.values, self.interval(), digits)
+        if len(self.values) < 3:
+            return ", ".join(f"{self.bound} {value:.{digits}f}" for value in self.values)
+        _, low, high = self.interval()
+        end = low if self.bound == ">" else high
+        return f"{self.bound} {end:.{digits}f}"
 
 
 def in_words(values: list[float], measured: Interval, digits: int = 3) -> str:
@@ -120,6 +137,14 @@ def in_words(values: list[float], measured: Interval, digits: int = 3) -> str:
         return ", ".join(f"{value:.{digits}f}" for value in values)
     value, low, high = (f"{x:.{digits}f}" for x in measured)
     return f"{value} ({low} to {high})"
+
+
+def rates_in_words(rates: list[float], reached: list[bool]) -> str:
+    """Pass rates of an arm. Where only some of its runs learn, a mean says nothing: all values."""
+    if any(reached) and not all(reached):
+        return ", ".join(f"{rate:.3f}" for rate in rates)
+    value, low, high = t_interval(rates)
+    return in_words(rates, Interval(value, max(0.0, low), high))
 
 
 @dataclass
@@ -142,7 +167,7 @@ class Pair:
         """The same along training, where the arm that spent less has ended."""
         differences = []
         for a, b in self.matched():
-            tokens = min(a.curve[-1].generated, b.curve[-1].generated)
+            tokens = equal_tokens(a, b)
             differences.append(rate_at(a, tokens) - rate_at(b, tokens))
         return Compared(differences)
 
@@ -213,22 +238,23 @@ def seeds_of(mine: list[Result]) -> str:
 
 
 def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
-    """What each arm reaches, beside GRPO, or the walk where there is no GRPO; controls of the walk
+    """What each arm reaches, beside GRPO, or the walk where there is no GRPO; variants of the walk
     also beside the walk."""
     rows = []
     usual = "grpo" if "grpo" in named else "walk"
+    beside_walk = usual == "grpo" and any(ARMS[arm].rate_of == "walk" for arm in named)
     for arm, mine in named.items():
-        reached = len([result for result in mine if reach(result).reached])
+        reached = [reach(result).reached for result in mine]
         rates = [result.pass_rate for result in mine]
         row = {
             "arm": f"{arm}, {seeds_of(mine)}, {mine[0].steps} steps, {mine[0].lr:g}",
-            "pass@1 (95%)": in_words(rates, t_interval(rates)),
+            "pass@1 (95%)": rates_in_words(rates, reached),
             "pass@8": mean_of_known([r.pass_at_8 for r in mine]),
-            f"reached {TARGET}": f"{reached} of {len(mine)}",
+            f"reached {TARGET}": f"{sum(reached)} of {len(mine)}",
         }
         others = [] if arm == usual else named[usual]
         row |= comparison(Pair(mine, others), usual)
-        if usual == "grpo" and any(ARMS[one].rate_of == "walk" for one in named):
+        if beside_walk:
             others = named.get("walk", []) if ARMS[arm].rate_of == "walk" else []
             row["minus walk's"] = str(Pair(mine, others).difference())
         rows.append(row)
@@ -255,7 +281,7 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
     rows = []
     for arm, mine in named.items():
         cpu = [r.cpu_seconds for r in mine if r.cpu_seconds is not None]
-        walks = np.mean([r.walks for r in mine], axis=0)  # [2 ends, found and failed]
+        walks = np.sum([r.walks for r in mine], axis=0)  # [2 ends, found and failed]
         rows.append(
             {
                 "arm": arm,
@@ -266,7 +292,7 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
                 "flat groups": both_ends([r.flat_groups for r in mine]),
                 "entropy, nats": both_ends([r.entropy for r in mine]),
                 "exact h*": both_ends([r.exact for r in mine]),
-                "walks that found": " to ".join(share_found(end) for end in walks if end.sum()),
+                "walks that found": ", then ".join(share_found(end) for end in walks if end.sum()),
             }
         )
     return rows
@@ -288,7 +314,7 @@ def both_ends(values: list[list[float | None]]) -> str:
 
 def share_found(end: np.ndarray) -> str:
     found, failed = end
-    return f"{found / (found + failed):.2f}"
+    return f"{found / (found + failed):.2f} of {found + failed:,}"
 
 
 # ---------------------------------------------------------------------------------------- claims
@@ -306,26 +332,42 @@ class Claim:
     by: str = "end"
     low: float = 0.0
     high: float = np.inf
+    primary: bool = False  # one of the plan's eight
 
 
 IDEAS = "Ideas on the hard set, fresh seeds"
+
+
+def primaries(name: str, arm: str) -> list[Claim]:
+    """What the plan compares first: an arm and GRPO, on both sets, by pass rate and by tokens."""
+    above = f"{name} ends above GRPO"
+    fewer = f"{name} needs fewer tokens than GRPO (times)"
+    return [
+        Claim(above, arm, "grpo", primary=True),
+        Claim(fewer, arm, "grpo", by="tokens", low=1, primary=True),
+        Claim(
+            f"{name} is above GRPO at equal tokens", arm, "grpo", HARD, "equal tokens", primary=True
+        ),
+        Claim(fewer, arm, "grpo", HARD, "tokens", low=1, primary=True),
+    ]
+
+
 CLAIMS = [
+    *primaries("SRPO", "srpo"),
+    *primaries("ours: the walk", "walk"),
     Claim("SRPO ends above RRPO", "srpo", "rrpo"),
-    Claim("SRPO ends above GRPO", "srpo", "grpo"),
     Claim("RRPO ends within 0.05 of GRPO", "rrpo", "grpo", low=-0.05, high=0.05),
     Claim("SRPO needs half of GRPO's steps or fewer (times)", "srpo", "grpo", by="steps", low=2),
     Claim("... and half of its tokens (times)", "srpo", "grpo", by="tokens", low=2),
     Claim("1x4 ends above 2x4", "srpo", "srpo 2x4"),
     Claim("1x4 ends above 1x8", "srpo", "srpo 1x8"),
     Claim("masking the prefix helps", "srpo", "srpo unmasked"),
+    Claim("one update ends above two clipped ones", "srpo", "srpo clipped twice"),
     Claim("ours: the exact localizer helps", "srpo exact", "srpo"),
     Claim("ours: SRPO ends above GRPO, both clipped", "srpo clipped twice", "grpo clipped twice"),
-    Claim("SRPO is above GRPO at equal tokens", "srpo", "grpo", HARD, "equal tokens"),
-    Claim("ours: the walk ends above GRPO", "walk", "grpo"),
     Claim("ours: the walk ends above GRPO clipped twice", "walk", "grpo clipped twice"),
     Claim("... both clipped twice", "walk clipped twice", "grpo clipped twice"),
     Claim("... and it gains by the second update", "walk clipped twice", "walk"),
-    Claim("ours: the walk is above GRPO at equal tokens", "walk", "grpo", HARD, "equal tokens"),
     Claim(
         "... above GRPO clipped twice at equal tokens",
         "walk",
@@ -333,7 +375,6 @@ CLAIMS = [
         HARD,
         "equal tokens",
     ),
-    Claim("... needs fewer tokens than GRPO (times)", "walk", "grpo", HARD, "tokens", low=1),
     Claim("walk latest needs fewer tokens (times)", "walk latest", "walk", IDEAS, "tokens", low=1),
     Claim("walk warm needs fewer tokens (times)", "walk warm", "walk", IDEAS, "tokens", low=1),
     Claim("walk base 2 needs fewer tokens (times)", "walk base 2", "walk", IDEAS, "tokens", low=1),
@@ -351,10 +392,10 @@ def claim_rows(results: list[Result]) -> list[dict]:
         compared = measured(claim, pair)
         rows.append(
             {
-                "claim": claim.text,
+                "claim": f"**{claim.text}**" if claim.primary else claim.text,
                 "runs": claim.table,
                 "measured (95%)": str(compared),
-                "verdict": verdict(compared, claim),
+                "verdict": "neither learns" if neither_learns(pair) else verdict(compared, claim),
             }
         )
     return rows
@@ -373,26 +414,28 @@ NEAR = 1.15  # a ratio of costs, either way: within them two arms do not differ
 
 
 def verdict(compared: Compared, claim: Claim) -> str:
-    """Whether the interval lies inside the claim's bounds, outside, or across one of them.
-
-    Values that are bounds have no interval: all of them must lie on one side. A lower bound cannot
-    refute a claim of at least `low`, and an upper one cannot support it.
-    """
+    """Whether the interval lies inside the claim's bounds, outside, or across one of them."""
     if len(compared.values) < 3:
         return "undecided"
-    if compared.bound == ">" and min(compared.values) > claim.low:
-        return "seen here"
-    if compared.bound == "<" and max(compared.values) < claim.low:
-        return "not so here"
-    if compared.bound:
-        return "undecided"
     _, low, high = compared.interval()
-    if claim.low < low and high < claim.high:
+    if claim.low < low and high <= claim.high:
         return "seen here"
     if high < claim.low or low > claim.high:
         return "not so here"
     alike = (1 / NEAR, NEAR) if compared.is_ratio else (-SMALL, SMALL)
     return "no difference" if alike[0] < low and high < alike[1] else "undecided"
+
+
+FLOOR = 0.02  # pass rate
+
+
+def neither_learns(pair: Pair) -> bool:
+    """Whether no run of the two is off the floor when the shorter of its pair ends."""
+    rates = []
+    for a, b in pair.matched():
+        tokens = equal_tokens(a, b)
+        rates += [rate_at(a, tokens), rate_at(b, tokens)]
+    return max(rates) < FLOOR
 
 
 # -------------------------------------------------------------------------------------- difficulty

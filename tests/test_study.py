@@ -279,12 +279,34 @@ def test_claims():
     results += made("srpo unmasked", [0.31, 0.3, 0.31]) + made("grpo", [0.1] * 3, slice="hard")
     results += made("walk", [0.8] * 3, slice="hard")
     verdicts = {row["claim"]: row["verdict"] for row in study_tables.claim_rows(results)}
-    assert verdicts["SRPO ends above GRPO"] == "not so here"
+    assert verdicts["**SRPO ends above GRPO**"] == "not so here"
     assert verdicts["RRPO ends within 0.05 of GRPO"] == "seen here"
     assert verdicts["1x4 ends above 2x4"] == "undecided"
     assert verdicts["masking the prefix helps"] == "no difference"
-    assert verdicts["... needs fewer tokens than GRPO (times)"] == "seen here"  # a bound
+    fewer = "**ours: the walk needs fewer tokens than GRPO (times)**"
+    assert verdicts[fewer] == "seen here"  # GRPO never gets there: a lower bound
     assert "1x4 ends above 1x8" not in verdicts  # 1x8 was not run
+
+
+def test_a_bound_leaves_an_end_open():
+    claim = study_tables.Claim("fewer", "walk", "grpo", by="tokens", low=1.5)
+    for bound, ends, said in ((">", (1.8, np.inf), "seen here"), ("<", (0, 2.2), "undecided")):
+        compared = study_tables.Compared([1.9, 2.0, 2.1], is_ratio=True, bound=bound)
+        _, *measured = compared.interval()
+        assert measured == pytest.approx(ends, abs=0.1)
+        assert study_tables.verdict(compared, claim) == said
+    two = study_tables.Compared([1.06, 1.7], is_ratio=True, bound=">")
+    assert str(two) == "> 1.06, > 1.70"
+
+
+def test_where_only_some_runs_learn_all_are_printed():
+    assert (
+        study_tables.rates_in_words([0.5, 0.0, 0.4], [True, False, True]) == "0.500, 0.000, 0.400"
+    )
+    assert study_tables.rates_in_words([0.0, 0.0, 0.01], [False] * 3) == "0.003 (0.000 to 0.018)"
+    floor = made("srpo", [0.0, 0.01, 0.0]) + made("grpo", [0.01, 0.0, 0.0])
+    verdicts = {row["claim"]: row["verdict"] for row in study_tables.claim_rows(floor)}
+    assert verdicts["**SRPO ends above GRPO**"] == "neither learns"
 
 
 def test_sweep_extends_its_grid_until_the_best_is_inside():
