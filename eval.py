@@ -48,7 +48,7 @@ from data.faults import UserError, counters
 from data.labelled import is_labelled, load_labelled, sample_labelled
 from data.lines import write_lines, write_text
 from data.parallel import compute_dtype, connect, end_program, on_main, processes, rank
-from data.policies import encode_all, encode_prompt, load_policy
+from data.policies import encode_all, encode_prompt, load_policy, longest_sequence
 from data.problems import Problem, digest
 from data.runs import append
 from data.tasks import GENERATED, load_problems
@@ -128,7 +128,7 @@ def open_policy(args) -> Policy:
     device, _ = connect()
     dtype = compute_dtype(args.dtype, device)
     model, tokenizer = load_policy(args.model, dtype)
-    context = model.config.get_text_config().max_position_embeddings
+    context = longest_sequence(model, args.model)
     settings = dict(max_rows=args.max_rows, dtype=dtype)
     if device.type == "cuda":
         settings["device"] = device
@@ -137,7 +137,7 @@ def open_policy(args) -> Policy:
 
 
 def held_out(data: str, args, at_most: int | None = None) -> list[Problem]:
-    """The first --problems problems of a file, or of a generated task (never those of training).
+    """The first --problems problems of a file, or of another draw of a generated task.
 
     Raises UserError where this machine cannot grade them. at_most: where --problems is not given.
     """
@@ -301,23 +301,28 @@ def name_steps(records: list[dict], setting: dict, policy: Policy, args) -> list
 
     Counted by name: prompts that do not fit the context, and answers that name no step.
     """
-    prompts, requests = [], []
+    requests = {}  # by number of the record
     for k, record in enumerate(records):
         text = review_text(record["question"], record["steps"], setting)
-        prompt = encode_prompt(policy.tokenizer, text)
-        prompts.append(prompt)
-        if len(prompt) < policy.context:
-            room = min(args.localize_tokens, policy.context - len(prompt))
-            rng_key = args.seed * 10**6 + k
-            request = Request(k, "localization", prompt, 1, rng_key, room, args.temperature, 1.0)
-            requests.append(request)
-    answers = iter(policy.engine.sample(requests))
+        prompt_ids = encode_prompt(policy.tokenizer, text)
+        if len(prompt_ids) < policy.context:
+            requests[k] = Request(
+                problem=k,
+                purpose="localization",
+                prompt_ids=prompt_ids,
+                n=1,
+                rng_key=args.seed * 10**6 + k,
+                max_tokens=min(args.localize_tokens, policy.context - len(prompt_ids)),
+                temperature=args.temperature,
+                top_p=1.0,
+            )
+    groups = policy.engine.sample(list(requests.values()))
+    answers = {k: answer for k, (answer,) in zip(requests, groups)}
     named = []
-    for record, prompt in zip(records, prompts):
+    for k, record in enumerate(records):
         h, how = None, "too_long"
-        if len(prompt) < policy.context:
-            (answer,) = next(answers)
-            h, how = parse_localization(answer.text, len(record["steps"]))
+        if k in answers:
+            h, how = parse_localization(answers[k].text, len(record["steps"]))
         if how == "no_error":
             h = 0
         elif h is None:
@@ -416,7 +421,8 @@ class Round:
 def command_self_correct(args) -> None:
     """Resets at test time: localize, reset, sample again, until the judge is satisfied.
 
-    Beside it restarts from the prompt (best-of-n); both by round and at equal generated tokens.
+    Beside it restarts from the prompt (with the verifier as judge: best of rounds + 1); both by
+    round and at equal generated tokens.
     """
     problems = held_out(args.data, args)
     policy = open_policy(args)
@@ -431,9 +437,9 @@ def command_self_correct(args) -> None:
             "rounds": k,
             "resets: accuracy": mean_with_interval(resets.right[:, k]),
             "resets: tokens": f"{resets.tokens[k]:.0f}",
-            "best of rounds + 1: accuracy": mean_with_interval(restarts.right[:, k]),
-            "best of rounds + 1: tokens": f"{restarts.tokens[k]:.0f}",
-            "best of n at the tokens of resets": equal,
+            "restarts: accuracy": mean_with_interval(restarts.right[:, k]),
+            "restarts: tokens": f"{restarts.tokens[k]:.0f}",
+            "restarts at the tokens of resets": equal,
         }
         rows.append(row)
     print(

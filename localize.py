@@ -33,7 +33,7 @@ from data.policies import encode_prompt, load_policy, locate_token
 from data.verifiers import DELIMITER, last_boxed
 from rollout import HFEngine, Rollout, Task, grpo, make_tasks
 
-# A backslash at the end of a line joins it with the next: the policy reads long lines.
+# A backslash at the end of a line joins it with the next: the policy reads a paragraph as one line.
 INSTRUCTION = """\
 The solution below was written for the problem below. Its thoughts are numbered. {verdict}
 
@@ -43,19 +43,17 @@ Problem:
 Solution:
 {thoughts}
 
-Find the first thought that contains the error from which {what} originates: \
-not a later thought in which an earlier error
-only becomes visible. Check the thoughts in order. \
-End your reply with the number of that one thought in a box: \\boxed{{N}}, with N
-from 1 to {H}{unless}."""
+Find the first wrong thought: the one that makes the error, \
+not a later one in which an earlier error only becomes visible. \
+Check the thoughts in order. \
+End your reply with the number of that one thought in a box: \\boxed{{N}}, \
+with N from 1 to {H}{unless}."""
 WRONG = {  # SRPO: the policy is told that its answer is wrong
     "verdict": "Its final answer is WRONG.",
-    "what": "the wrong answer",
     "unless": "",
 }
 UNKNOWN = {  # for measurements: it is not told, and the response may be right
     "verdict": "It may be right or wrong.",
-    "what": "all that is wrong",
     "unless": ", or \\boxed{0} if there is no error",
 }
 
@@ -87,38 +85,37 @@ def localization_prompt(task: Task, rollout: Rollout, setting: dict = WRONG) -> 
 
 
 # At most 9 blanks in each place: without a limit the time grows with the square of their number.
-BOXED_STEP = re.compile(  # the content of a box: 3, Step 3, \text{Thought #3}
-    r"(?:\\text\{)?\s{0,9}(?:(?:step|thought)\s{0,9})?#?\s{0,9}"
+BOXED_STEP = re.compile(  # the content of a box: 3, Step 3, No. 3, \text{Thought #3}
+    r"(?:\\text\{)?\s{0,9}(?:(?:step|thought|no\.)\s{0,9})?#?\s{0,9}"
     r"([+-]?[0-9]{1,9})\s{0,9}\}?\s{0,9}\.?",
     re.IGNORECASE,
 )
-# in prose: "the error is in step 3"
+# in prose: "the error is in step 3"; in a box: "step 3 is not correct"
 SPOKEN_STEP = re.compile(r"\b(?:step|thought)\s{0,9}#?\s{0,9}([0-9]{1,9})\b", re.IGNORECASE)
 # in a box: "none", "no error"
-NO_ERROR = re.compile(r"\b(no|none|correct)\b", re.IGNORECASE)
+NO_ERROR = re.compile(r"\b(no|none|(?<!not )correct)\b", re.IGNORECASE)
 
 
 def parse_localization(text: str, H: int) -> tuple[int | None, str]:
     """(h*, "self") from an answer, or (None, fault): unparsable, out_of_range or no_error.
 
-    Reads the last `\\boxed{N}`; without a box the last "step N" or "thought N". no_error: the
-    policy says 0, -1 or "none".
+    Reads the last `\\boxed{N}`, which may name one step in words; without a box the last "step N"
+    or "thought N". no_error: the policy says 0, -1 or "none".
 
     >>> parse_localization("1: fine. Step 3 drops the sign, so \\\\boxed{3}", H=5)
     (3, 'self')
     """
     boxed = last_boxed(text)
     if boxed is None:
-        spoken = SPOKEN_STEP.findall(text)
-        number = spoken[-1] if spoken else None
+        numbers = SPOKEN_STEP.findall(text)[-1:]
     else:
         found = BOXED_STEP.fullmatch(boxed)
-        number = found[1] if found else None
-        if number is None and NO_ERROR.search(boxed):
+        numbers = [found[1]] if found else SPOKEN_STEP.findall(boxed)
+        if not numbers and NO_ERROR.search(boxed):
             return None, "no_error"
-    if number is None:
+    if len(numbers) != 1:
         return None, "unparsable"
-    h = int(number)
+    h = int(numbers[0])
     if h in (0, -1):
         return None, "no_error"
     if not 1 <= h <= H:
@@ -145,10 +142,8 @@ def reviewed(task: Task, rollouts: list[Rollout], setting: dict = WRONG) -> Gene
         prompt_ids = localization_prompt(task, rollout, setting)
         if len(prompt_ids) < task.context:
             requests[i] = task.ask("localization", prompt_ids)
-    answers = {}
-    if requests:
-        groups = yield list(requests.values())
-        answers = {i: answer for i, (answer,) in zip(requests, groups)}
+    groups = yield list(requests.values())
+    answers = {i: answer for i, (answer,) in zip(requests, groups)}
     reviews = []
     for i, rollout in enumerate(rollouts):
         answer = answers.get(i)

@@ -9,8 +9,8 @@ T_i     trained tokens: every response token of a base rollout, only the suffix 
         (the shared prefix is masked: it was not sampled for this group)
 pi      the policy at the sampling temperature; y_t is token t of the response, y_<t all before it
 
-So every rollout has the same say, 1/N, whatever its group. A prompt with one group of 4 has half
-the say of a prompt with two, and one with 5 rollouts 5/8 of one with 8. Flat groups (all
+So every rollout has the same weight, 1/N, whatever its group. A prompt with one group of 4 has half
+the weight of a prompt with two, and one with 5 rollouts 5/8 of one with 8. Flat groups (all
 rewards equal) count in N: a step in which most groups are flat is a small step.
 
 From top to bottom this file follows the equation: `set_advantages` gives A_i, `token_weights` gives
@@ -85,9 +85,9 @@ def token_weights(
     """Weight of each response token in the loss: A / (|T| N) on T, 0 on a masked prefix.
 
     A = 1.5, 5 tokens of which 2 are the shared prefix, N = 8  ->  [0, 0, 1/16, 1/16, 1/16].
-    length="response" (ours) divides by the whole response, prefix included, so that a short suffix
-    is not louder than a base rollout  ->  [0, 0, 3/80, 3/80, 3/80]. length="step" divides by the
-    n_tokens trained tokens of the step: every token has the same say.
+    length="response" (ours) divides by the whole response, prefix included, so that a token of a
+    short suffix does not weigh more than one of a base rollout  ->  [0, 0, 3/80, 3/80, 3/80].
+    length="step" divides by the n_tokens trained tokens of the step: all weigh the same.
     """
     masked = rollout.masked(mask_prefix)
     n = len(rollout.token_ids)
@@ -151,7 +151,7 @@ class Tokens:
     ids: torch.Tensor
     weights: torch.Tensor
     old_logps: torch.Tensor  # the sampler's, nats
-    in_prefix: torch.Tensor  # bool: sampled earlier than the rest (only without the mask)
+    in_prefix: torch.Tensor  # bool: in a kept prefix that is trained (no mask; the walk)
     off_policy: torch.Tensor  # bool: sampled from another prompt
 
     def to(self, device) -> "Tokens":
@@ -234,10 +234,11 @@ def padded(rows: list[list], value, side: str = "right") -> torch.Tensor:
 
 
 def chosen_logps(model, batch: Batch, cfg) -> tuple[torch.Tensor, "Scored"]:
-    """log pi(y_t | y_<t) of the trained tokens, at the sampling temperature; see `Scored`.
+    """Runs the body, then the head forward and backward: (hidden states [M, D], `Scored`).
 
     The body runs on context and tokens; the hidden state one position before each trained token
-    goes through the head. Also returns these hidden states [M, D]: `backward` goes on from them.
+    goes through the head, which gives log pi(y_t | y_<t) at the sampling temperature. Adds to the
+    gradient of the head; `backward` goes on from the hidden states, through the body.
     """
     # Both give the same numbers; the second is the plain way, the first is faster.
     hidden_of = hidden_of_shared_contexts if can_share(model) else hidden_of_rows
@@ -267,7 +268,7 @@ class Scored:
     logps: torch.Tensor  # [M] nats
     entropies: torch.Tensor  # [M] of the whole next-token distribution, nats
     loss: torch.Tensor  # the batch's part of L, a scalar
-    slope: torch.Tensor  # [M, D] the derivative of the loss by the hidden states
+    slope: torch.Tensor  # [M, D] the derivative of the loss with respect to the hidden states
 
 
 CHUNK = {"cpu": 256, "cuda": 4096}  # tokens; on a CPU larger logits get new memory each time

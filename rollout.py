@@ -3,7 +3,7 @@
 Implements steps 1, 2 and 4 of SRPO ("Credit Assignment with Resets in Language Model Reasoning",
 arXiv 2605.25507): base group, seed, reset state, suffix group. Step 3 is in localize.py.
 
-The way of one problem through a training step:
+From a problem to its trained rollouts, in one step:
 
     Problem -> Task -> its program yields Requests -> `run_programs` gives the requests of ALL
     problems to one engine -> it samples token ids, cut into thoughts (data/thoughts.py) -> graded
@@ -99,7 +99,7 @@ class Rollout:
         """Whether it is trained as a sample of a state that it was not sampled from.
 
         Its first tokens are an earlier rollout's, kept because of what that one turned out to be.
-        Their log-probs are the same policy's, so `gap_prefix` compares engines, as for all tokens.
+        The same policy sampled those tokens, so `gap_prefix` compares engines, too.
         """
         return self.trained_from is not None and self.trained_from < self.prefix_len
 
@@ -160,7 +160,7 @@ class Request:
     purpose: str
     prompt_ids: list[int]
     n: int
-    rng_key: int  # with the weights it fixes the continuations, whatever else is in the batch
+    rng_key: int  # with the weights it fixes the continuations, up to rounding (transformers)
     max_tokens: int  # generated tokens, at most
     temperature: float
     top_p: float
@@ -204,8 +204,9 @@ class Task:
         """n continuations of the state before thought h of `seed`, or of the prompt without a seed.
 
         how: how h was found. Seed, h and how are passed on to the rollouts. h = H + 1 continues the
-        whole response. prompt_ids: of a later turn, as `reply` makes them (default: the seed's
-        prompt, or x0). A request without room is answered by [] (counter no_room).
+        whole response, after its end-of-text if it has one. prompt_ids: of a later turn, as `reply`
+        makes them (default: the seed's prompt, or x0). A request without room is answered by []
+        (counter no_room).
         Raises ValueError if h is outside 1..H+1.
         """
         cfg = self.cfg
@@ -277,7 +278,7 @@ class Task:
         return self.problem.check_steps(rollout.thoughts(self.vocabulary.tokenizer))
 
 
-USUAL = dict(  # settings of tasks outside a training run: srpo.py's defaults, but for the last
+USUAL = dict(  # settings of tasks outside a training run: srpo.py's defaults, except the last
     temperature=1.0,
     top_p=1.0,
     max_thoughts=20,
@@ -341,7 +342,7 @@ def resets(task: Task) -> Program:
     else:
         # A missing seed, or one that localization dropped, gives its rollouts back to the base
         # group. With no reset at all this is plain GRPO.
-        counters["no_seed"] += missing
+        counters["no_reset"] += missing
         *groups, more = yield [*suffix_requests, task.request("more", missing * cfg.suffixes)]
         base = base + more
     # The buffer: all rollouts of this problem that are trained.
@@ -466,7 +467,7 @@ class Row:
 
 
 class Engine:
-    """What samples: `start` takes a request and returns a ticket, and `finished` does the sampling.
+    """A sampler: `start` takes a request and returns a ticket, and `finished` does the sampling.
 
     `finished` samples until at least one request is complete; it returns (ticket, rollouts), not
     yet graded. A method whose body is `...` does nothing; an engine overrides those that it needs.
@@ -474,12 +475,12 @@ class Engine:
 
     streams = False  # can `finished` give some requests while others are still sampled?
     share, shares = 0, 1  # it runs programs share, share + shares, share + 2 shares, ...
-    reports = True  # on one rank of each tensor-parallel group, whose engines run the same programs
+    reports = True  # whether this process reports its programs: with --tp one of each group does
 
     def __init__(self):
         self.tickets = 0
         self.seconds = Counter()  # of sampling, by purpose; the driver clears it
-        self.at = 0.0  # until when they are counted
+        self.at = 0.0  # the time up to which they are counted
 
     def spend(self, purposes: Counter) -> None:
         """Shares the time since `at` between purposes. Counter: of rows, or of tokens read."""
@@ -523,14 +524,14 @@ def copy_of(model, device: torch.device, dtype: torch.dtype):
 
 
 class HFEngine(Engine):
-    """Samples with a transformers model in this process: KV cache, one prefill for each state, and
-    finished rows leave the batch.
+    """Samples with a transformers model in this process: KV cache, one prefill for each request,
+    and finished rows leave the batch.
 
     In a run of one CPU process it holds the trainer's own model, and `sync` has nothing to copy.
     Where the trainer's model is sharded it holds a copy on `device`, of type `dtype`. Randomness
     is keyed: token t of row i of a request uses uniform number t of the generator keyed
     (rng_key, i), so a response does not depend on what else is in the batch, nor on the number of
-    processes.
+    processes, up to rounding.
     """
 
     name = "hf"
@@ -603,14 +604,14 @@ class HFEngine(Engine):
             places = [place for place, number in enumerate(active) if not rows[number].over]
             if not places:
                 return [row.rollout() for row in rows]
-            # A row that is over costs a little; to take it out copies the cache of all others.
+            # A finished row costs a little; to take it out copies the cache of all others.
             if len(places) <= self.FULL * len(active):
                 active = [active[place] for place in places]
                 tokens = decoding.keep(torch.tensor(places, device=tokens.device), tokens)
             decoding.step(self.model, tokens)
 
     def prefill(self, rows: list[Row], states: list[int]) -> "Decoding":
-        """Runs each distinct state once. states: for each row, the ticket of its state."""
+        """Runs the state of each request once. states: for each row, the ticket of its request."""
         device = self.model.device
         place_of = {}  # state -> its place in the prefill
         contexts = []
@@ -673,7 +674,7 @@ class Decoding:
     def step(self, model, tokens: torch.Tensor) -> None:
         """Runs the model on one more token of each row, tokens [R]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
-        # A row that is over may be at the end of the model's context.
+        # A finished row may be at the end of the model's context.
         last = model.config.get_text_config().max_position_embeddings - 1
         self.positions = (self.positions + 1).clamp(max=last)
         out = model(
@@ -905,21 +906,12 @@ def make_engine(
     """
     engine, why = None, "asked for"
     if name != "hf":
-        fault = None
-        try:
-            engine = VLLMEngine(
-                policy_source(source), model, tokenizer, context, max_rows, memory, tp, dtype
-            )
-        except VLLMEngine.FAULTS as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            fault = f"vLLM cannot be used: {type(error).__name__}: {reason}"
-        faults = [fault for fault in gather(fault) if fault]
-        if faults and name == "vllm":
-            raise UserError(f"--engine vllm: {faults[0]}; see README, Run it, or use --engine hf")
-        if faults:
-            engine, why = None, faults[0]
-        elif name == "auto":
-            why = "vLLM imports and constructs here"
+        arguments = (policy_source(source), model, tokenizer, context, max_rows, memory, tp, dtype)
+        engine, fault = try_vllm(*arguments)
+        if fault and name == "vllm":
+            raise UserError(f"--engine vllm: {fault}; see README, Run it, or use --engine hf")
+        if name == "auto":
+            why = fault or "vLLM imports and constructs here"
     if engine is None:
         if tp > 1:
             raise UserError(f"--tp {tp} needs the vLLM engine ({why})")
@@ -927,6 +919,20 @@ def make_engine(
     if rank() == 0:
         print(f"engine: {engine.name} ({why})")
     return engine
+
+
+def try_vllm(*arguments) -> tuple["VLLMEngine | None", str | None]:
+    """(engine, None), or on every process (None, why not) where one cannot use vLLM."""
+    engine = fault = None
+    try:
+        engine = VLLMEngine(*arguments)
+    except VLLMEngine.FAULTS as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        fault = f"vLLM cannot be used: {type(error).__name__}: {reason}"
+    for told in gather(fault):
+        if told:
+            return None, told
+    return engine, None
 
 
 def demo() -> None:

@@ -94,7 +94,7 @@ class MethodSettings:
         "1x4", "prefixes x suffixes of 8 trained rollouts per prompt; the rest is the base group"
     )
     base: Optional[NotNegative] = setting(
-        None, "size of the base group; unset: by --split, 8 for grpo"
+        None, "size of the base group; unset: by --split, 4 for walk, else 8"
     )
     prefixes: Optional[NotNegative] = setting(None, "reset states of a prompt; unset: by --split")
     suffixes: Optional[NotNegative] = setting(
@@ -522,7 +522,7 @@ def open_engine(cfg: Config, model, tokenizer, context: int, copy_device, dtype)
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems). Raises UserError where the run cannot use them."""
     train_problems = load_problems(cfg.train_data, seed=cfg.seed)
-    # Another seed: generated held-out problems are never those of training.
+    # Another seed: another draw. What both draws share is counted below.
     n = cfg.eval_problems
     eval_problems = load_problems(cfg.eval_data, seed=10**6 + cfg.seed, n=n)[:n]
     check_localizer(cfg.localizer, train_problems, cfg.train_data)

@@ -48,8 +48,8 @@ def run_programs(programs: list[Generator], engine) -> Sampled:
         driver.deliver()
     seconds = driver.seconds + engine.seconds
     start = perf_counter()
-    mine = Share(driver.results, driver.generated, counters - counted_before)
-    merged = merge(gather(mine if engine.reports else Share()))  # --tp: one process of each engine
+    mine = Done(driver.results, driver.generated, counters - counted_before)
+    merged = merge(gather(mine if engine.reports else Done()))  # --tp: one process of each engine
     seconds["wait"] = perf_counter() - start
     counters.clear()  # then every process counts what all of them counted
     counters.update(counted_before + merged.counted)
@@ -61,20 +61,20 @@ def run_programs(programs: list[Generator], engine) -> Sampled:
 
 
 @dataclass
-class Share:
-    """What one process gives to all: results and rollouts by program, and what it counted."""
+class Done:
+    """What one process has done: results and rollouts by program, and what it counted."""
 
     results: dict[int, object] = field(default_factory=dict)
     generated: dict[int, list] = field(default_factory=dict)
     counted: Counter = field(default_factory=Counter)
 
 
-def merge(shares: list[Share]) -> Share:
-    whole = Share()
-    for share in shares:
-        whole.results.update(share.results)
-        whole.generated.update(share.generated)
-        whole.counted.update(share.counted)
+def merge(parts: list[Done]) -> Done:
+    whole = Done()
+    for part in parts:
+        whole.results.update(part.results)
+        whole.generated.update(part.generated)
+        whole.counted.update(part.counted)
     return whole
 
 
@@ -113,20 +113,21 @@ class Driver:
 
     def advance(self, i: int, answers: list | None) -> None:
         """Sends program i its answers, and gives the engine what it asks for next."""
-        answered = True
-        while answered:  # again if no request has to be sampled
+        while True:
             try:
                 requests = self.programs[i].send(answers)
             except StopIteration as end:
                 self.results[i] = end.value
                 return
             check_requests(self.programs[i], requests)
-            answers = [None if request.max_tokens > 0 else [] for request in requests]
-            counters["no_room"] += answers.count([])
-            answered = None not in answers
-        self.waiting[i] = answers
+            waiting = [None if request.max_tokens > 0 else [] for request in requests]
+            counters["no_room"] += waiting.count([])
+            if None in waiting:
+                break
+            answers = waiting  # there is nothing to sample: it goes on at once
+        self.waiting[i] = waiting
         for place, request in enumerate(requests):
-            if answers[place] is None:
+            if waiting[place] is None:
                 self.in_flight[self.engine.start(request)] = InFlight(i, place, request)
 
     def sample(self) -> None:

@@ -76,6 +76,7 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
     for rollout in generated:
         tokens[rollout.purpose] += rollout.generated
     response_tokens = [len(rollout.token_ids) for rollout in rollouts]
+    masked = [rollout.masked(tasks[0].cfg.mask_prefix) for rollout in rollouts]
     return {
         "pass_base": mean_reward(first_draws),
         "pass_suffix": mean_reward(suffix_groups),
@@ -87,7 +88,7 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
         "walk": walk_metrics(generated),
         "tokens": dict(tokens),
         "verifier_calls": sum(rollout.reward is not None for rollout in generated),
-        "masked_share": sum(r.masked() for r in rollouts) / sum(response_tokens),
+        "masked_share": sum(masked) / sum(response_tokens),
         "response_tokens": mean(response_tokens),
         "thoughts": mean([len(rollout.thought_ends) for rollout in rollouts]),
         "finish": dict(Counter(rollout.finish for rollout in rollouts)),

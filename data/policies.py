@@ -346,6 +346,6 @@ def encode_all(tokenizer, problems: list[Problem], context: int, source: str) ->
 
 
 if __name__ == "__main__":
-    problem = Problem(0, "mod97 1: +7 2: *3 start 41 .", "47", "integer")
+    problem = Problem(0, "mod97 1: +7 2: *3 start 41 .", "48 47", "integers")
     _, tokenizer = load_policy("embedded")
     print(problem.question, "->", encode_question(tokenizer, problem))

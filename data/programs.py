@@ -1,7 +1,7 @@
 """Programs by name: finding the one of --method, and checking what it returns.
 
 A method is a generator function (rollout.py). Its name is one of `rollout.PROGRAMS`, or
-MODULE:FUNCTION, or FILE.py:FUNCTION: then nothing of this project needs a change.
+MODULE:FUNCTION, or FILE.py:FUNCTION. Neither of the last two needs a change to this project.
 
 Left out: arguments for programs. They read the settings (`task.cfg`), and have constants of their
 own.
@@ -19,7 +19,7 @@ from typing import Callable
 
 from data.driver import Sampled
 from data.faults import UserError
-from rollout import PROGRAMS, Rollout
+from rollout import PROGRAMS, Rollout, grouped
 
 
 def load_program(method: str) -> Callable:
@@ -79,6 +79,12 @@ def trained_rollouts(method: str, sampled: Sampled) -> list[Rollout]:
             complaint = complaint_about(rollout, known)
             if complaint:
                 raise UserError(f"--method {method} returned {complaint}")
+            known.remove(id(rollout))
+        for members in grouped(returned).values():
+            if len({rollout.advantages is None for rollout in members}) > 1:
+                raise UserError(
+                    f"--method {method} set advantages of some rollouts of a group: set all or none"
+                )
         rollouts += returned
     return rollouts
 
@@ -88,7 +94,7 @@ def complaint_about(rollout, known: set[int]) -> str | None:
     if not isinstance(rollout, Rollout):
         return f"{rollout!r:.60} in its list: return the rollouts that were sampled"
     if id(rollout) not in known:
-        return "a copy of a rollout, which is not logged: change the sampled one itself"
+        return "a rollout twice, or a copy of one: return each sampled one itself, once"
     if rollout.group is None:
         return "a rollout without a group: put it into one with task.in_group(0, rollouts)"
     if rollout.advantages is None and rollout.reward is None:

@@ -102,7 +102,7 @@ def demo() -> None:
     from data.policies import load_policy
 
     _, tokenizer = load_policy("embedded")
-    text = r"1: +7 = 48 </thought> 2: *3 = 47 </thought> \boxed{ 47 } </thought>"
+    text = r"1: +7 = 48 </thought> 2: *3 = 47 </thought> \boxed{ 48 47 } </thought>"
     ids = tokenizer(text)["input_ids"]
     request = SimpleNamespace(prefix_ids=[], prefix_ends=[], max_tokens=999)
     request.max_thoughts, request.max_tokens_per_thought = 20, 256

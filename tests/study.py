@@ -146,6 +146,12 @@ ABLATIONS = ["srpo 2x4", "srpo unmasked", "srpo exact"]
 HARD = "chain-12-below-4e-4"
 
 
+def fixed_length(length: float) -> Slice:
+    """One run each of GRPO and the walk whose steps have this length; it stands for the rate."""
+    table = f"Steps of length {length:g} along the plain gradient"
+    return Slice(["grpo sgd", "walk sgd"], "chain-12", range(1), 60, lr=length, table=table)
+
+
 def pilots(lr: float) -> Slice:
     """Short runs of SmolLM2 that choose the learning rate; each rate has a table of its own."""
     return Slice(
@@ -179,16 +185,15 @@ SLICES = {
     "difficulty-3e-3-grpo": Slice(["grpo"], "chain-12-below-3e-3", range(3), 120),
     "difficulty-2e-2": Slice(["srpo", "walk"], "chain-12-below-2e-2", range(3), 60),
     "difficulty-2e-2-grpo": Slice(["grpo"], "chain-12-below-2e-2", range(3), 120),
-    "controls": Slice(["walk at random", "walk half", *CONTROLS[-2:]], "chain-12", range(3), 60),
+    "controls": Slice(["walk at random", "no walk"], "chain-12", range(3), 60),
     "ablations": Slice(ABLATIONS, "chain-12", range(3), 60),
     "others": Slice(OTHERS, "chain-12", range(3), 60),
-    "sweep-sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(100, 102), 40, SWEEP),
-    "sgd": Slice(["grpo sgd", "walk sgd"], "chain-12", range(1), 60),
+    "sgd-0.1": fixed_length(0.1),
+    "sgd-0.2": fixed_length(0.2),
     "smollm2-pilots-5e-5": pilots(5e-5),
     "smollm2-pilots-1e-4": pilots(1e-4),
 }
 GRID = [2.5e-4, 5e-4, 1e-3]  # learning rates of every arm; longer where the best is at an end
-SGD_GRID = [0.05, 0.1, 0.2]  # lengths of steps
 SWEEP_SEEDS = 2
 
 # -------------------------------------------------------------------------------------------- runs
@@ -460,7 +465,7 @@ def grid_of(arm: str, results: list[Result]) -> list[float]:
 
     A rate counts when all its seeds are there.
     """
-    grid = list(SGD_GRID if arm.endswith("sgd") else GRID)
+    grid = list(GRID)
     rates = swept(arm, results)
     while all(len(rates.get(rate, [])) == SWEEP_SEEDS for rate in grid):
         best = max(grid, key=lambda rate: np.mean(rates[rate]))

@@ -238,10 +238,10 @@ def seeds_of(mine: list[Result]) -> str:
 
 
 def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
-    """What each arm reaches, beside GRPO, or the walk where there is no GRPO; variants of the walk
-    also beside the walk."""
+    """What each arm reaches, beside GRPO, the walk or the first arm; variants of the walk also
+    beside the walk."""
     rows = []
-    usual = "grpo" if "grpo" in named else "walk"
+    usual = next((arm for arm in ("grpo", "walk") if arm in named), list(named)[0])
     beside_walk = usual == "grpo" and any(ARMS[arm].rate_of == "walk" for arm in named)
     for arm, mine in named.items():
         reached = [reach(result).reached for result in mine]

@@ -39,6 +39,12 @@ from rollout import Rollout, Task, grouped, resets
         (r"\boxed{-1}", (None, "no_error")),
         (r"\boxed{none}", (None, "no_error")),
         (r"\boxed{No error}", (None, "no_error")),
+        (r"\boxed{All steps are correct}", (None, "no_error")),
+        (r"\boxed{[Thought 3]}", (3, "self")),
+        (r"\boxed{Step 3 is not correct}", (3, "self")),
+        (r"\boxed{\text{No. 3}}", (3, "self")),
+        (r"\boxed{step 2 or step 3}", (None, "unparsable")),
+        (r"\boxed{not correct}", (None, "unparsable")),
         (r"\boxed{6}", (None, "out_of_range")),
         (r"\boxed{999999999}", (None, "out_of_range")),
         (r"\boxed{99999999999999999999}", (None, "unparsable")),
@@ -150,7 +156,7 @@ def test_skipped_seeds_give_their_suffixes_to_the_base_group(policy):
     for task, buffer in zip(tasks, buffers):
         assert len(buffer) == 8
         assert set(grouped(buffer)) == {(task.slot, 0)}
-    assert counters["no_seed"] == 8
+    assert counters["no_reset"] == 8
 
 
 # ------------------------------------------------------------------------------------------ prompts

@@ -262,7 +262,7 @@ def test_without_a_failure_it_is_plain_grpo(policy):
     for task, buffer in zip(tasks, sampled.results):
         assert len(buffer) == 8
         assert set(grouped(buffer)) == {(task.slot, 0)}
-    assert counters["no_seed"] == 6
+    assert counters["no_reset"] == 6
     assert Counter(r.purpose for r in sampled.generated) == {"base": 24, "seed": 48, "more": 24}
 
 
@@ -652,6 +652,17 @@ def returns_a_copy(task):
     return task.in_group(0, [replace(rollout) for rollout in base])
 
 
+def returns_one_twice(task):
+    (base,) = yield [task.request("base", 2)]
+    return task.in_group(0, base) + [base[0]]
+
+
+def sets_advantages_of_some(task):
+    (base,) = yield [task.request("base", 2)]
+    base[0].advantages = [1.0] * len(base[0].thought_ends)
+    return task.in_group(0, base)
+
+
 def leaves_a_group_unset(task):
     (base,) = yield [task.request("base", 2)]
     return base
@@ -674,7 +685,9 @@ def leaves_a_review_without_advantages(task):
         (returns_nothing, "None: return a list of at least one rollout"),
         (returns_no_rollout, r"\[\]: return a list of at least one rollout"),
         (returns_groups, "in its list: return the rollouts that were sampled"),
-        (returns_a_copy, "a copy of a rollout, which is not logged: change the sampled one"),
+        (returns_a_copy, "a rollout twice, or a copy of one: return each sampled one itself"),
+        (returns_one_twice, "a rollout twice, or a copy of one: return each sampled one itself"),
+        (sets_advantages_of_some, "advantages of some rollouts of a group: set all or none"),
         (leaves_a_group_unset, "without a group: put it into one with task.in_group"),
         (sets_too_few_advantages, r"1 advantages for \d+ thoughts: set one for each thought"),
         (leaves_a_review_without_advantages, "without reward and advantages: set its advantages"),
@@ -683,7 +696,7 @@ def leaves_a_review_without_advantages(task):
 def test_a_program_that_returns_something_else_is_told(policy, program, complaint):
     (task,) = policy.tasks(3, 1)
     name = f"idea.py:{program.__name__}"
-    with pytest.raises(UserError, match=f"^--method {name} returned .*{complaint}"):
+    with pytest.raises(UserError, match=f"^--method {name} (returned|set) .*{complaint}"):
         trained_rollouts(name, run_programs([program(task)], policy.engine))
 
 

@@ -84,7 +84,7 @@ def test_slices_name_arms_that_a_sweep_covers():
             swept |= set(part.arms)
     for name, part in study.SLICES.items():
         for arm in part.arms:
-            assert (study.ARMS[arm].rate_of or arm) in swept, (name, arm)
+            assert part.lr or (study.ARMS[arm].rate_of or arm) in swept, (name, arm)
     for claim in study_tables.CLAIMS:
         assert claim.first in study.ARMS and claim.second in study.ARMS
 
