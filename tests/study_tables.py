@@ -466,6 +466,7 @@ DRAWN = {
     "grpo clipped twice": "#7570b3",
     "srpo": "#d95f02",
     "walk": "#1b7837",
+    "walk clipped twice": "#7fbf7b",
 }
 PANELS = {HARD: "hard set: untrained pass rates below 0.0004", "chain-12": "default set"}
 AXES = {  # fields of Point: label, divisor
