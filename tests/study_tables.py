@@ -494,7 +494,7 @@ def draw_headline(results: list[Result], out: Path) -> None:
             if arm in named:
                 draw_runs(panel, named[arm], f"{arm}, {seeds_of(named[arm])}", color)
         label_panel(panel, "generated", PANELS[data])
-        panel.legend(loc="upper left")
+        panel.legend(loc="best", fontsize=8)
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
