@@ -379,7 +379,7 @@ def test_a_run_in_bfloat16_is_resumed_exactly(tmp_path):
     saved = load_file(tmp_path / "whole/checkpoints/step_3/model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     for line in lines_of(tmp_path / "whole" / "metrics.jsonl")[1:]:
-        assert 1e-5 < line["gap"] < 0.02  # two bfloat16 computations of the same number
+        assert line["gap"] < 0.005  # the same bfloat16 arithmetic, at the same positions
     assert "dtype=bfloat16" in name_of(read_run(tmp_path / "whole"))
 
 
