@@ -375,6 +375,8 @@ CLAIMS = [
         HARD,
         "equal tokens",
     ),
+    Claim("... above iterated corrections there", "walk", "corrections", HARD, "equal tokens"),
+    Claim("... needs fewer tokens than they (times)", "walk", "corrections", HARD, "tokens", low=1),
     Claim("walk latest needs fewer tokens (times)", "walk latest", "walk", IDEAS, "tokens", low=1),
     Claim("walk warm needs fewer tokens (times)", "walk warm", "walk", IDEAS, "tokens", low=1),
     Claim("walk base 2 needs fewer tokens (times)", "walk base 2", "walk", IDEAS, "tokens", low=1),
