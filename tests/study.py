@@ -82,11 +82,12 @@ ARMS = {
     "walk base 1": Arm("--method walk --base 1", "walk"),
     "walk warm": Arm("--method walk", "walk", "tests/warm.py"),
     "walk clipped twice": Arm("--method walk --updates 2 --clip 0.2", "walk"),
-    # Others' methods, at GRPO's rate.
+    # Others' methods, at GRPO's rate but for VinePPO.
     "corrections": Arm("--method tests/methods.py:corrections", "grpo"),
-    # A step of VinePPO samples seven times as many tokens for a prompt: so it has fewer prompts.
+    # A step of VinePPO samples seven times as many tokens for a prompt: so it has fewer prompts,
+    # and a rate of its own.
     "vineppo": Arm(
-        "--method tests/methods.py:vineppo --base 4 --oracle_samples 2 --prompts_per_step 8", "grpo"
+        "--method tests/methods.py:vineppo --base 4 --oracle_samples 2 --prompts_per_step 8"
     ),
     "spo_tree": Arm("--method tests/methods.py:spo_tree --length step", "grpo"),
     # The paper's ablations, at SRPO's rate.
@@ -175,6 +176,7 @@ SLICES = {
         CHOSEN, HARD, range(5, 10), 60, table="Ideas on the hard set, fresh seeds"
     ),
     "sweep-clipped": Slice(CLIPPED, "chain-12", range(100, 102), 40, SWEEP),
+    "sweep-vineppo": Slice(["vineppo"], "chain-12", range(100, 102), 40, SWEEP),
     "default-clipped": Slice(CLIPPED[:2], "chain-12", range(5), 60),
     "hard-clipped": Slice(["grpo clipped twice"], HARD, range(5), 120),
     "controls-hard": Slice(CONTROLS, HARD, range(3), 60),
