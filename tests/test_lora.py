@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM
 
 import srpo
 from conftest import POLICY, ROOT
+from data import warm_start
+from data.faults import UserError
 from data.parallel import whole_weights
-from data.policies import load_policy
+from data.policies import add_adapters, load_policy
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
     pytest.importorskip("peft", reason="peft is not installed; see Run it in README.md")
@@ -97,3 +99,61 @@ def test_adapters_are_float32_on_a_bf16_base(policy):
         assert {p.dtype for p in frozen} == {torch.bfloat16}
         names = {name for name, _ in policy.model.named_parameters()}
         assert dict(whole_weights(model)).keys() == names
+
+
+# --------------------------------------------------------------------------------------- warm start
+
+SMALL = ["--format_steps", "4", "--review_steps", "4", "--problems", "8", "--rows", "4"]
+SMALL += ["--measure", "0", "--max_tokens_per_thought", "8", "--save_every", "2"]
+SMALL += ["--lora_rank", "2", "--lr", "1e-2", "--dtype", "bfloat16"]
+
+
+def test_a_warm_start_is_its_adapters(tmp_path):
+    """Whole, resumed in the midst of a phase, or from its file of adapters: the same policy."""
+    whole, resumed, quick = tmp_path / "whole", tmp_path / "resumed", tmp_path / "quick"
+    warm_start.main(["--model", str(POLICY), "--out", str(whole), *SMALL])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_start, "collect_reviews", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            warm_start.main(["--model", str(POLICY), "--out", str(resumed), *SMALL])
+    state = torch.load(resumed / "format.pt")
+    assert all(".lora_" in name for name in state["trained"])
+    warm_start.main(["--model", str(POLICY), "--out", str(resumed), *SMALL])
+    adapters = whole / "adapters.safetensors"
+    warm_start.main(["--model", str(POLICY), "--out", str(quick), "--adapters", str(adapters)])
+
+    policy = load_file(whole / "model.safetensors")
+    before = load_file(POLICY / "model.safetensors")
+    assert any(not torch.equal(policy[name], before[name]) for name in policy)
+    for other in (resumed, quick):
+        weights_of = load_file(other / "model.safetensors")
+        assert weights_of.keys() == policy.keys()
+        assert all(torch.equal(weights_of[name], policy[name]) for name in policy)
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
+
+
+def test_adapters_are_merged_as_peft_merges_them(tmp_path):
+    model, _ = load_policy(POLICY)
+    torch.manual_seed(0)
+    add_adapters(model, 3)
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
+            p.data = p.data.bfloat16().float()  # what the file holds
+    warm_start.write_adapters(model, tmp_path / "adapters.safetensors")
+    merged, _ = load_policy(POLICY)
+    warm_start.merge_adapters(merged, tmp_path / "adapters.safetensors")
+    for name, weight in whole_weights(model):
+        assert torch.allclose(merged.get_parameter(name), weight, atol=1e-6), name
+
+    config = merged.config
+    config.hidden_size //= 2
+    other = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="is not in --model; give its own adapters"):
+        warm_start.merge_adapters(other, tmp_path / "adapters.safetensors")
+    (tmp_path / "torn").write_bytes(b"x")
+    with pytest.raises(UserError, match="torn: cannot be read"):
+        warm_start.merge_adapters(merged, tmp_path / "torn")
