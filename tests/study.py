@@ -38,6 +38,7 @@ from data.verifiers import DELIMITER
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = Path(__file__).with_suffix(".jsonl")
+SAMPLES = 8  # responses of a benchmark to a problem
 
 # -------------------------------------------------------------------------------------------- plan
 
@@ -333,7 +334,7 @@ def run_job(job: Job, deadline: float, args) -> Result | None:
     cpu_seconds = run_command(train_command(job, folder, resumed), folder)
     setup = SLICES[job.slice].setup
     if setup.benchmark:
-        benchmark = [sys.executable, "eval.py", "benchmark", "--engine", "hf", "--n", "8"]
+        benchmark = [sys.executable, "eval.py", "benchmark", "--engine", "hf", "--n", str(SAMPLES)]
         benchmark += ["--model", str(folder / "checkpoints" / f"step_{job.steps}")]
         benchmark += ["--data", job.data, "--temperature", "1", "--seed", str(job.seed)]
         benchmark += [*setup.benchmark.split(), "--out", str(folder / "benchmark")]
@@ -402,7 +403,7 @@ def successes_of(job: Job, benchmark: Path) -> dict:
         return {}
     problems = {problem.index: problem for problem in load_problems(job.data, 10**6 + job.seed)}
     right, certified, distinct = [], 0, 0
-    for index, responses in sorted(finished_problems(files[0], samples=8).items()):
+    for index, responses in sorted(finished_problems(files[0], SAMPLES).items()):
         texts = [response["text"] for response in responses if response["reward"] == 1]
         right.append(len(texts))
         distinct += len(set(texts))

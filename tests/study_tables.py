@@ -16,9 +16,21 @@ from pathlib import Path
 
 import numpy as np
 
-from data.curves import Interval, markdown, pyplot, renew
+from data.curves import Interval, interval, markdown, pyplot, renew
 from data.faults import UserError
-from tests.study import ARMS, HARD, LINES, ROOT, SLICES, SWEEP_SEEDS, Result, read_results, swept
+from tests.study import (
+    ARMS,
+    HARD,
+    LINES,
+    ROOT,
+    SAMPLES,
+    SLICES,
+    SMOLLM2,
+    SWEEP_SEEDS,
+    Result,
+    read_results,
+    swept,
+)
 
 TARGET = 0.3  # held-out pass rate
 PICTURES = ROOT / "data" / "pictures"
@@ -135,6 +147,10 @@ def in_words(values: list[float], measured: Interval, digits: int = 3) -> str:
     """`0.582 (0.558 to 0.606)`; of one or two seeds the values, as an interval says nothing."""
     if len(values) < 3:
         return ", ".join(f"{value:.{digits}f}" for value in values)
+    return between_ends(measured, digits)
+
+
+def between_ends(measured: Interval, digits: int = 3) -> str:
     value, low, high = (f"{x:.{digits}f}" for x in measured)
     return f"{value} ({low} to {high})"
 
@@ -170,6 +186,18 @@ class Pair:
             tokens = equal_tokens(a, b)
             differences.append(rate_at(a, tokens) - rate_at(b, tokens))
         return Compared(differences)
+
+    def over_problems(self) -> Interval:
+        """The first's pass rate minus the second's, over the held-out problems of all seeds.
+
+        A bootstrap interval of paired differences: it takes the runs as given, so it says nothing
+        about other seeds. Every run must have a benchmark.
+        """
+        differences = []  # [seeds x problems]
+        for a, b in self.matched():
+            for ours, theirs in zip(a.right, b.right, strict=True):
+                differences.append((ours - theirs) / SAMPLES)
+        return interval(differences, resamples=10_000)
 
     def saving(self, what: str) -> Compared:
         """How many times as much the second spends until the target. what: a field of Reach."""
@@ -296,6 +324,36 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
             }
         )
     return rows
+
+
+def benchmark_rows(named: dict[str, list[Result]]) -> list[dict]:
+    """What the right responses of the last checkpoints are like, beside those of the first arm.
+
+    Every run must have a benchmark.
+    """
+    usual = list(named)[0]
+    rows = []
+    for arm, mine in named.items():
+        right = sum(sum(result.right) for result in mine)
+        solved = sum(np.count_nonzero(result.right) for result in mine)
+        pair = Pair(mine, [] if arm == usual else named[usual])
+        compared = between_ends(pair.over_problems()) if pair.matched() else ""
+        rows.append(
+            {
+                "arm": arm,
+                f"minus {usual}'s, over problems": compared,
+                "right responses": f"{right:,}",
+                "every step checks": share_of(sum(result.certified for result in mine), right),
+                "different texts of a solved problem": share_of(
+                    sum(result.distinct for result in mine), solved
+                ),
+            }
+        )
+    return rows
+
+
+def share_of(part: int, whole: int) -> str:
+    return f"{part / whole:.3f}" if whole else ""
 
 
 def mean_of_known(values: list[float | None]) -> str:
@@ -559,6 +617,9 @@ def report(results: list[Result]) -> str:
         named = in_table(results, table)
         if named:
             parts += [f"### {table}", markdown(outcome_rows(named)), markdown(cost_rows(named))]
+            first = next(iter(named.values()))[0]
+            if SLICES[first.slice].setup == SMOLLM2:
+                parts.append(markdown(benchmark_rows(named)))
     difficulty = difficulty_rows(results)
     if difficulty:
         parts += ["### By difficulty", markdown(difficulty)]

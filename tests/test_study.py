@@ -246,6 +246,23 @@ def test_pairing_removes_what_seeds_share():
     assert pair.difference().interval() == pytest.approx((0.1, 0.1, 0.1))
 
 
+def test_pairs_of_problems():
+    """What one seed gains and another loses is zero, with an interval over problems."""
+    ours = made("walk", [0.5, 0.5], right=[4, 8, 0, 5], certified=15, distinct=6)
+    theirs = made("grpo", [0.5, 0.5], right=[3, 7, 0, 4], certified=10, distinct=4)
+    theirs[1].right, ours[1].right = ours[1].right, theirs[1].right
+    one = study_tables.Pair(ours[:1], theirs[:1]).over_problems()
+    assert one.value == pytest.approx(3 / 32) and 0 < one.low < one.high <= 1 / 8
+    both = study_tables.Pair(ours, theirs).over_problems()
+    assert both.value == pytest.approx(0) and both.low < 0 < both.high
+
+    first, second = study_tables.benchmark_rows({"grpo": theirs, "walk": ours})
+    assert first["minus grpo's, over problems"] == ""
+    assert second["minus grpo's, over problems"] == study_tables.between_ends(both)
+    assert second["right responses"] == "31" and second["every step checks"] == f"{30 / 31:.3f}"
+    assert second["different texts of a solved problem"] == "2.000"
+
+
 def test_reach_is_linear_between_evaluations_and_a_lower_bound():
     reach = study_tables.reach(MADE, target=0.3)
     assert (reach.reached, reach.steps, reach.tokens) == (True, 15, 150)
