@@ -111,13 +111,14 @@ class Setup:
 
 EMBEDDED = Setup("--eval_every 10 --save_every 20", "--problems 256")
 SWEEP = Setup(EMBEDDED.train, "")
-# Of the weights that `python -m data.warm_start --out smollm2` makes; the plan: tests/language.md.
+# Of the policy that data/warm_start.py makes in smollm2/; the plan: tests/language.md.
 LIMITS = "--max_thoughts 9 --max_tokens_per_thought 32 --localize_tokens 256"
 SMOLLM2 = Setup(
     f"--model smollm2 --dtype bfloat16 --prompts_per_step 8 --micro_batch 8 {LIMITS} "
-    "--eval_every 8 --eval_problems 48 --save_every 2",
-    f"--problems 128 --dtype bfloat16 {LIMITS}",
+    "--eval_every 12 --eval_problems 32 --save_every 2",
+    f"--problems 96 --dtype bfloat16 {LIMITS}",
 )
+SMOLLM2_PILOTS = Setup(SMOLLM2.train, f"--problems 64 --dtype bfloat16 {LIMITS}")
 
 
 @dataclass
@@ -160,8 +161,8 @@ def pilots(lr: float) -> Slice:
         ["grpo", "walk"],
         "english-5-6",
         range(100, 101),
-        8,
-        SMOLLM2,
+        6,
+        SMOLLM2_PILOTS,
         lr=lr,
         table=f"SmolLM2, pilots at {lr:g}",
     )
@@ -284,14 +285,15 @@ def run_slices(args) -> None:
         if not todo or time.time() > deadline:
             print(f"{' '.join(args.slices)}: {len(todo)} runs are missing")
             return
-        run_jobs(list(todo.values()), deadline, args)
+        # All arms of a seed first: slices that are cut short are paired.
+        run_jobs(sorted(todo.values(), key=lambda job: job.seed), deadline, args)
 
 
 def jobs_of(name: str, results: list[Result]) -> list[Job]:
     """All runs of a slice; of a sweep those that are known to be needed by now."""
     part = SLICES[name]
     jobs = []
-    for seed in part.seeds:  # all arms of a seed first: a slice that is cut short is paired
+    for seed in part.seeds:
         for arm in part.arms:
             if part.lr:
                 rates = [part.lr]

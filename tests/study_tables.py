@@ -26,6 +26,7 @@ from tests.study import (
     SAMPLES,
     SLICES,
     SMOLLM2,
+    SMOLLM2_PILOTS,
     SWEEP_SEEDS,
     Result,
     read_results,
@@ -618,7 +619,7 @@ def report(results: list[Result]) -> str:
         if named:
             parts += [f"### {table}", markdown(outcome_rows(named)), markdown(cost_rows(named))]
             first = next(iter(named.values()))[0]
-            if SLICES[first.slice].setup == SMOLLM2:
+            if SLICES[first.slice].setup in (SMOLLM2, SMOLLM2_PILOTS):
                 parts.append(markdown(benchmark_rows(named)))
     difficulty = difficulty_rows(results)
     if difficulty:

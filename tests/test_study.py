@@ -94,7 +94,7 @@ def test_a_slice_may_give_the_rate():
     assert job.lr == other.lr == 5e-5 and (job.arm, other.arm) == ("grpo", "walk")
     command = study.train_command(job, study.ROOT / "run", resume=False)
     cfg = parse(command[2:])
-    assert (cfg.model, cfg.dtype, cfg.lr, cfg.steps) == ("smollm2", "bfloat16", 5e-5, 8)
+    assert (cfg.model, cfg.dtype, cfg.lr, cfg.steps) == ("smollm2", "bfloat16", 5e-5, 6)
 
 
 def test_the_plan_says_how_large_a_benchmark_is():
