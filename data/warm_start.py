@@ -10,15 +10,14 @@ Three phases, on problems of data/english.py with varied numbers of operations:
 A model card with measured pass rates and localization ends the run.
 
 SmolLM2-135M-Instruct, the default, comes in a PyPI package, so no hub is needed. As it comes it
-writes no delimiter and no box. What the recipe changes is kept in data/smollm2, so its policy is
-there in a minute; to train it anew takes about an hour on one core. tests/README.md has measured
-results.
+writes no delimiter and no box. Trained adapters are kept in data/smollm2, so its policy is there in
+a minute; to train it anew takes about an hour on one core. tests/README.md has measured results.
 
 A supervised step is the training loss itself (loss.py) with every advantage 1: the mean over
-examples of the mean -log pi of their tokens. With --lora_rank only adapters are trained, and
-OUT/adapters.safetensors holds them, rounded to bfloat16; the policy is the model plus what that
-file adds to its weights. The policy is a function of --seed. If the run is killed, the same command
-resumes it.
+examples of the mean -log pi of their tokens. With --lora_rank only adapters are trained, on the
+model rounded to --dtype. OUT/adapters.safetensors holds them in bfloat16, and the policy is the
+model plus what that file adds to its weights. The policy is a function of --seed. If the run is
+killed, the same command resumes it. The package, 93 MB, stays in OUT.
 
     python -m data.warm_start --out smollm2 --adapters data/smollm2/adapters.safetensors  # a minute
     python -m data.warm_start --out smollm2 --lora_rank 8 --lr 1e-3 --dtype bfloat16  # train it
@@ -42,7 +41,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +48,7 @@ from typing import Callable
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,10 +57,18 @@ from data.curves import half_interval, pass_at_k
 from data.english import draw, generate_english
 from data.faults import UserError, counters
 from data.parallel import whole_weights
-from data.policies import add_adapters, encode_prompt, encode_question, load_policy
+from data.policies import (
+    add_adapters,
+    check_head,
+    check_saving,
+    digest_of_weights,
+    encode_question,
+    load_policy,
+    longest_sequence,
+)
 from data.verifiers import DELIMITER
 from eval import evaluate, on_own_failures
-from localize import by_verifier, review_text
+from localize import by_verifier, localization_prompt
 from loss import backward, weigh
 from rollout import HFEngine, Rollout, copy_of, make_tasks
 
@@ -123,34 +129,39 @@ ADAPTERS = "adapters.safetensors"
 LORA_SCALING = 2.0  # of policies.add_adapters: alpha / rank
 
 
-def write_adapters(model, path: Path) -> None:
-    """Writes the adapters of a model, rounded to bfloat16."""
+def write_adapters(model, base, path: Path) -> None:
+    """Writes the adapters of a model, rounded to bfloat16, and a digest of the weights of `base`,
+    the model without them."""
     adapters = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             adapters[name] = parameter.detach().to(torch.bfloat16).contiguous()
-    save_file(adapters, path)
+    save_file(adapters, path, metadata={"base": digest_of_weights(base)})
 
 
 def merge_adapters(model, path: Path) -> None:
-    """Adds what a file of adapters says to the weights of a plain model, in place.
+    """Adds 2 B A of each adapter in a file to the weight that it adapts, in place.
 
-    Raises UserError where the file cannot be read or is of another model."""
+    Raises UserError where the file cannot be read, or its adapters were trained on another model.
+    """
     try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
         adapters = load_file(path)
     except (OSError, SafetensorError) as fault:
         raise UserError(f"--adapters {path}: cannot be read ({fault}); give a file of adapters")
-    weights = dict(model.named_parameters())
-    for name, down in adapters.items():
-        layer, is_down, _ = name.partition(".lora_A.")
-        if not is_down:
-            continue
-        up = adapters[name.replace(".lora_A.", ".lora_B.")]
-        change = LORA_SCALING * up.float() @ down.float()
-        weight = weights.get(f"{layer}.weight")
-        if weight is None or weight.shape != change.shape:
-            raise UserError(f"--adapters {path}: {layer} is not in --model; give its own adapters")
-        weight.data += change
+    if "base" not in metadata:
+        raise UserError(f"--adapters {path}: holds no adapters of this command; give such a file")
+    if metadata["base"] != digest_of_weights(model):
+        raise UserError(
+            f"--adapters {path}: were trained on another model; give that one's --model"
+        )
+    for name, A in adapters.items():
+        if ".lora_A." in name:
+            B = adapters[name.replace(".lora_A.", ".lora_B.")]
+            layer, _ = name.split(".lora_A.")
+            weight = model.get_parameter(f"{layer}.weight")
+            weight.data += LORA_SCALING * B.float() @ A.float()
 
 
 # -------------------------------------------------------------------------------- supervised steps
@@ -250,7 +261,7 @@ def restore(path: Path, steps: int, model, optimizer) -> int:
     if not path.exists():
         return 0
     state = torch.load(path)
-    model.load_state_dict(state["trained"], strict=False)  # the rest is as it was loaded
+    model.load_state_dict(state["trained"], strict=False)  # frozen weights are not saved
     if state["step"] < steps:
         optimizer.load_state_dict(state["optimizer"])
     return state["step"]
@@ -270,7 +281,7 @@ class Sampler:
         self.tokenizer = tokenizer
         dtype = getattr(torch, args.dtype)
         self.engine = HFEngine(model, tokenizer, device=torch.device("cpu"), dtype=dtype)
-        self.context = model.config.max_position_embeddings
+        self.context = longest_sequence(model, args.model)
         self.max_tokens_per_thought = args.max_tokens_per_thought
 
     def tasks(self, problems, task_seed: int):
@@ -333,14 +344,12 @@ def reviews_of_failures(args, at: int, sampler: Sampler) -> list[list]:
     tasks = sampler.tasks(problems, args.seed + at)
     result = evaluate(tasks, sampler.engine, 2)
     pairs = []
-    for english, group in zip(drawn, result.groups):
+    for english, task, group in zip(drawn, tasks, result.groups):
         for rollout in group:
             thoughts = rollout.thoughts(sampler.tokenizer)
-            failed = rollout.reward == 0 and len(rollout.token_ids) < LONGEST_REVIEWED
-            if failed and english.check_steps(thoughts) is not None:
-                question = review_text(english.question, thoughts)
-                prompt_ids = encode_prompt(sampler.tokenizer, question)
-                pairs.append([prompt_ids, english.review(thoughts)])
+            reviewable = rollout.reward == 0 and len(rollout.token_ids) < LONGEST_REVIEWED
+            if reviewable and english.check_steps(thoughts) is not None:
+                pairs.append([localization_prompt(task, rollout), english.review(thoughts)])
     return pairs
 
 
@@ -379,7 +388,8 @@ def write_card(args, command: str, model, tokenizer) -> None:
     problems = generate_english(2, 4, 4 * args.measure, 2 * 10**6 + args.seed)
     tasks = sampler.tasks(problems, args.seed)
     measures = on_own_failures(tasks, sampler.engine, by_verifier)
-    measures["answers without a usable step"] = dict(Counter(counters))
+    unusable = {name: n for name, n in counters.items() if name.startswith("localize_")}
+    measures["answers without a usable step"] = unusable
 
     card = CARD.format(
         model="SmolLM2-135M-Instruct" if args.model == "smollm2" else args.model,
@@ -443,7 +453,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="float32",
         help="of sampling, and of what --lora_rank leaves untrained",
     )
-    add("--adapters", type=Path, help="take the change of weights from this file; train nothing")
+    add("--adapters", type=Path, help="merge these trained adapters; train nothing")
     add(
         "--max_tokens_per_thought",
         type=int,
@@ -457,11 +467,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=24,
         help="held-out problems of each length for the model card; 0: no card",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}; give {least} or more")
+    return args
+
+
+LEAST = {"seed": 0, "format_steps": 1, "review_steps": 1, "problems": 1, "rows": 2}
+LEAST |= {"lora_rank": 0, "max_tokens_per_thought": 1, "save_every": 1, "measure": 0}
 
 
 def claim(args) -> None:
-    """Makes --out and writes settings.json; refuses a folder of a run with other settings."""
+    """Writes settings.json; refuses a folder of a run with other settings, or of another model."""
     settings = vars(args) | {"adapters": str(args.adapters or "")}
     for name in ("out", "measure", "save_every"):  # they do not change the policy
         del settings[name]
@@ -469,16 +487,22 @@ def claim(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if path.exists() and json.loads(path.read_text()) != settings:
         raise UserError(f"{args.out} holds a warm start with other settings; choose another --out")
+    if not path.exists() and (args.out / "config.json").exists():
+        raise UserError(f"{args.out} holds another model; choose another --out")
     path.write_text(json.dumps(settings, indent=1))
 
 
 def train(args):
     """Runs the three phases, or what is left of them, and returns (model, tokenizer)."""
-    model, tokenizer = base_policy(args.model, args.out)
-    sampler = Sampler(args, model, tokenizer)
-    torch.manual_seed(args.seed)
+    base, tokenizer = base_policy(args.model, args.out)
+    check_head(base, args.model)
+    check_saving(base, tokenizer, args.model)
+    claim(args)
+    sampler = Sampler(args, base, tokenizer)
+    model = base
+    torch.manual_seed(args.seed)  # of the adapters' first values
     if args.lora_rank:
-        model = copy_of(model, torch.device("cpu"), getattr(torch, args.dtype))
+        model = copy_of(base, torch.device("cpu"), getattr(torch, args.dtype))
         add_adapters(model, args.lora_rank)
 
     def solutions(rng):
@@ -504,32 +528,31 @@ def train(args):
 
     supervise(args, model, tokenizer, Phase("review", 2, args.review_steps, reviews_and_solutions))
     if args.lora_rank:
-        write_adapters(model, args.out / ADAPTERS)
-        model, tokenizer = merged_policy(args, args.out / ADAPTERS)
+        write_adapters(model, base, args.out / ADAPTERS)
+        model = base
+        merge_adapters(model, args.out / ADAPTERS)
+    save_policy(args, model, tokenizer)
+    (args.out / "format.pt").unlink()
+    (args.out / "review.pt").unlink()  # now the policy is complete
+    return model, tokenizer
+
+
+def save_policy(args, model, tokenizer) -> None:
     tokenizer.save_pretrained(args.out)
     model.save_pretrained(args.out)
-    (args.out / "format.pt").unlink()
-    (args.out / "review.pt").unlink()
-    return model, tokenizer
-
-
-def merged_policy(args, adapters: Path):
-    """(model, tokenizer): --model with what a file of adapters adds to its weights."""
-    model, tokenizer = base_policy(args.model, args.out)
-    merge_adapters(model, adapters)
-    return model, tokenizer
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    claim(args)
     if args.adapters:
-        model, tokenizer = merged_policy(args, args.adapters)
-        tokenizer.save_pretrained(args.out)
-        model.save_pretrained(args.out)
+        model, tokenizer = base_policy(args.model, args.out)
+        merge_adapters(model, args.adapters)
+        claim(args)
+        save_policy(args, model, tokenizer)
         return
     saved = (args.out / "config.json").exists()
-    if saved and not (args.out / "review.pt").exists():  # it goes last: the policy is complete
+    if saved and not (args.out / "review.pt").exists():
+        claim(args)
         model, tokenizer = load_policy(args.out)
     else:
         model, tokenizer = train(args)

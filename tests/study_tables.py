@@ -10,7 +10,7 @@ Try it alone:  python -m tests.study_tables
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -114,7 +114,14 @@ class Compared:
 
     values: list[float]
     is_ratio: bool = False
-    bound: str = ""  # ">": some values are lower bounds; "<": upper ones; "?": neither
+    # Of each value: ">" it is a lower bound, "<" an upper one, "?" neither, "" itself.
+    marks: list[str] = field(default_factory=list)
+
+    @property
+    def bound(self) -> str:
+        """The mark of all values together."""
+        kinds = set(self.marks) - {""}
+        return "".join(kinds) if len(kinds) < 2 else "?"
 
     def interval(self) -> Interval:
         """Mean over seeds and its 95% interval; of ratios the geometric mean.
@@ -138,7 +145,8 @@ class Compared:
         if not self.bound:
             return in_words(self.values, self.interval(), digits)
         if len(self.values) < 3:
-            return ", ".join(f"{self.bound} {value:.{digits}f}" for value in self.values)
+            marked = [f"{m} {v:.{digits}f}".strip() for m, v in zip(self.marks, self.values)]
+            return ", ".join(marked)
         _, low, high = self.interval()
         end = low if self.bound == ">" else high
         return f"{self.bound} {end:.{digits}f}"
@@ -202,23 +210,18 @@ class Pair:
 
     def saving(self, what: str) -> Compared:
         """How many times as much the second spends until the target. what: a field of Reach."""
-        ratios = []
-        first_missed = second_missed = False
+        ratios, marks = [], []
         for a, b in self.matched():
             ours, theirs = reach(a), reach(b)
             ratio = getattr(theirs, what) / getattr(ours, what)
             if np.isnan(ratio):
                 continue
-            first_missed |= not ours.reached
-            second_missed |= not theirs.reached
             ratios.append(ratio)
-        if first_missed and second_missed:
-            bound = "?"
-        elif second_missed:
-            bound = ">"
-        else:
-            bound = "<" if first_missed else ""
-        return Compared(ratios, is_ratio=True, bound=bound)
+            if ours.reached:
+                marks.append("" if theirs.reached else ">")
+            else:
+                marks.append("<" if theirs.reached else "?")
+        return Compared(ratios, is_ratio=True, marks=marks)
 
 
 # ---------------------------------------------------------------------------------------- tables

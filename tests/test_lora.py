@@ -113,11 +113,11 @@ def test_a_warm_start_is_its_adapters(tmp_path):
     whole, resumed, quick = tmp_path / "whole", tmp_path / "resumed", tmp_path / "quick"
     warm_start.main(["--model", str(POLICY), "--out", str(whole), *SMALL])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm_start, "collect_reviews", stopped)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(warm_start, "solution", stops_after(warm_start.solution, 13))
+        with pytest.raises(KeyboardInterrupt):  # in step 4 of 4; 2 are saved
             warm_start.main(["--model", str(POLICY), "--out", str(resumed), *SMALL])
     state = torch.load(resumed / "format.pt")
-    assert all(".lora_" in name for name in state["trained"])
+    assert state["step"] == 2 and all(".lora_" in name for name in state["trained"])
     warm_start.main(["--model", str(POLICY), "--out", str(resumed), *SMALL])
     adapters = whole / "adapters.safetensors"
     warm_start.main(["--model", str(POLICY), "--out", str(quick), "--adapters", str(adapters)])
@@ -126,16 +126,26 @@ def test_a_warm_start_is_its_adapters(tmp_path):
     before = load_file(POLICY / "model.safetensors")
     assert any(not torch.equal(policy[name], before[name]) for name in policy)
     for other in (resumed, quick):
-        weights_of = load_file(other / "model.safetensors")
-        assert weights_of.keys() == policy.keys()
-        assert all(torch.equal(weights_of[name], policy[name]) for name in policy)
+        same = load_file(other / "model.safetensors")
+        assert same.keys() == policy.keys()
+        assert all(torch.equal(same[name], policy[name]) for name in policy)
 
 
-def stopped(*_):
-    raise KeyboardInterrupt
+def stops_after(make, n: int):
+    """A function that does as `make`, n times, and is then interrupted."""
+    calls = iter(range(n))
+
+    def make_or_stop(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return make(*args)
+
+    return make_or_stop
 
 
 def test_adapters_are_merged_as_peft_merges_them(tmp_path):
+    path = tmp_path / "adapters.safetensors"
+    base, _ = load_policy(POLICY)
     model, _ = load_policy(POLICY)
     torch.manual_seed(0)
     add_adapters(model, 3)
@@ -143,17 +153,22 @@ def test_adapters_are_merged_as_peft_merges_them(tmp_path):
         if ".lora_" in name:
             torch.nn.init.normal_(p, std=0.1)
             p.data = p.data.bfloat16().float()  # what the file holds
-    warm_start.write_adapters(model, tmp_path / "adapters.safetensors")
+    warm_start.write_adapters(model, base, path)
     merged, _ = load_policy(POLICY)
-    warm_start.merge_adapters(merged, tmp_path / "adapters.safetensors")
+    warm_start.merge_adapters(merged, path)
     for name, weight in whole_weights(model):
         assert torch.allclose(merged.get_parameter(name), weight, atol=1e-6), name
+    with pytest.raises(UserError, match="were trained on another model"):
+        warm_start.merge_adapters(merged, path)  # a second time
 
-    config = merged.config
-    config.hidden_size //= 2
-    other = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match="is not in --model; give its own adapters"):
-        warm_start.merge_adapters(other, tmp_path / "adapters.safetensors")
+
+def test_a_file_that_holds_no_adapters_is_refused(tmp_path):
     (tmp_path / "torn").write_bytes(b"x")
-    with pytest.raises(UserError, match="torn: cannot be read"):
-        warm_start.merge_adapters(merged, tmp_path / "torn")
+    for file, said in (
+        ("torn", "torn: cannot be read"),
+        (POLICY / "model.safetensors", "no adapt"),
+    ):
+        command = ["--model", str(POLICY), "--out", str(tmp_path / "out"), "--adapters"]
+        with pytest.raises(UserError, match=said):
+            warm_start.main([*command, str(tmp_path / file)])
+        assert not list((tmp_path / "out").glob("*"))  # the mended command is not refused

@@ -308,12 +308,12 @@ def test_claims():
 def test_a_bound_leaves_an_end_open():
     claim = study_tables.Claim("fewer", "walk", "grpo", by="tokens", low=1.5)
     for bound, ends, said in ((">", (1.8, np.inf), "seen here"), ("<", (0, 2.2), "undecided")):
-        compared = study_tables.Compared([1.9, 2.0, 2.1], is_ratio=True, bound=bound)
+        compared = study_tables.Compared([1.9, 2.0, 2.1], is_ratio=True, marks=["", bound, bound])
         _, *measured = compared.interval()
         assert measured == pytest.approx(ends, abs=0.1)
         assert study_tables.verdict(compared, claim) == said
-    two = study_tables.Compared([1.06, 1.7], is_ratio=True, bound=">")
-    assert str(two) == "> 1.06, > 1.70"
+    two = study_tables.Compared([1.06, 1.7], is_ratio=True, marks=["", ">"])
+    assert str(two) == "1.06, > 1.70"
 
 
 def test_where_only_some_runs_learn_all_are_printed():
