@@ -540,6 +540,7 @@ def train(args):
 def save_policy(args, model, tokenizer) -> None:
     tokenizer.save_pretrained(args.out)
     model.save_pretrained(args.out)
+    print(f"{args.out} holds the policy; train it: python srpo.py --model {args.out}")
 
 
 def main(argv: list[str]) -> None:
