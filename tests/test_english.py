@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -471,6 +472,17 @@ def test_warm_start_resumes_exactly_and_can_be_trained(folder, tmp_path):
     step = json.loads(lines[1])
     assert step["localized_exact"] is not None
     assert step["tokens"]["localization"] > 0
+
+
+def test_the_kept_adapters_are_of_smollm2():
+    """Rank 8 on all seven linear layers of its 30 blocks, and they say which weights they fit."""
+    path = ROOT / "data" / "smollm2" / "adapters.safetensors"
+    with safe_open(path, "pt") as file:
+        assert len(file.metadata()["base"]) == 64
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    assert len(shapes) == 2 * 7 * 30
+    for name, (rows, columns) in shapes.items():
+        assert (rows if ".lora_A." in name else columns) == 8, name
 
 
 def test_a_policy_without_delimiters_is_told_of(folder, tmp_path, capsys):
