@@ -147,6 +147,7 @@ CLIPPED = ["grpo clipped twice", "srpo clipped twice", "srpo 1x8"]
 OTHERS = ["srpo response length", "srpo 1x8", "vineppo", "spo_tree", "corrections"]
 ABLATIONS = ["srpo 2x4", "srpo unmasked", "srpo exact"]
 HARD = "chain-12-below-4e-4"
+ENGLISH = "english-4-5"
 
 
 def fixed_length(length: float) -> Slice:
@@ -159,7 +160,7 @@ def pilots(lr: float) -> Slice:
     """Short runs of SmolLM2 that choose the learning rate; each rate has a table of its own."""
     return Slice(
         ["grpo", "walk"],
-        "english-5-6",
+        ENGLISH,
         range(100, 101),
         6,
         SMOLLM2_PILOTS,
