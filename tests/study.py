@@ -79,6 +79,7 @@ ARMS = {
         "--method tests/better.py:rewarded_reviews --base 4 --localize_temperature 1", "walk"
     ),
     "walk 24 rounds": Arm("--method walk --rounds 24", "walk"),
+    "walk 4 rounds": Arm("--method walk --rounds 4", "walk"),
     "walk base 2": Arm("--method walk --base 2", "walk"),
     "walk base 1": Arm("--method walk --base 1", "walk"),
     "walk warm": Arm("--method walk", "walk", "tests/warm.py"),
@@ -159,7 +160,7 @@ def fixed_length(length: float) -> Slice:
 def pilots(lr: float) -> Slice:
     """Short runs of SmolLM2 that choose the learning rate; each rate has a table of its own."""
     return Slice(
-        ["grpo", "walk"],
+        ["grpo", "walk 4 rounds"],
         ENGLISH,
         range(100, 101),
         6,
@@ -196,7 +197,8 @@ SLICES = {
     "sgd-0.1": fixed_length(0.1),
     "sgd-0.2": fixed_length(0.2),
     "smollm2-pilots-5e-5": pilots(5e-5),
-    "smollm2-pilots-1e-4": pilots(1e-4),
+    "smollm2-pilots-2.5e-5": pilots(2.5e-5),
+    "smollm2-pilots-1e-5": pilots(1e-5),
 }
 GRID = [2.5e-4, 5e-4, 1e-3]  # learning rates of every arm; longer where the best is at an end
 SWEEP_SEEDS = 2

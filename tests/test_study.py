@@ -91,7 +91,7 @@ def test_slices_name_arms_that_a_sweep_covers():
 
 def test_a_slice_may_give_the_rate():
     job, other = study.jobs_of("smollm2-pilots-5e-5", [])  # without any sweep
-    assert job.lr == other.lr == 5e-5 and (job.arm, other.arm) == ("grpo", "walk")
+    assert job.lr == other.lr == 5e-5 and (job.arm, other.arm) == ("grpo", "walk 4 rounds")
     command = study.train_command(job, study.ROOT / "run", resume=False)
     cfg = parse(command[2:])
     assert (cfg.model, cfg.dtype, cfg.lr, cfg.steps) == ("smollm2", "bfloat16", 5e-5, 6)
