@@ -324,6 +324,7 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
                 "flat groups": both_ends([r.flat_groups for r in mine]),
                 "entropy, nats": both_ends([r.entropy for r in mine]),
                 "exact h*": both_ends([r.exact for r in mine]),
+                "clean prefix": both_ends([r.clean for r in mine]),
                 "walks that found": ", then ".join(share_found(end) for end in walks if end.sum()),
             }
         )
