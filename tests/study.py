@@ -114,12 +114,16 @@ EMBEDDED = Setup("--eval_every 10 --save_every 20", "--problems 256")
 SWEEP = Setup(EMBEDDED.train, "")
 # Of the policy that data/warm_start.py makes in smollm2/; the plan: tests/language.md.
 LIMITS = "--max_thoughts 9 --max_tokens_per_thought 32 --localize_tokens 256"
-SMOLLM2 = Setup(
+ENGLISH_STEPS = (
     f"--model smollm2 --dtype bfloat16 --prompts_per_step 8 --micro_batch 8 {LIMITS} "
-    "--eval_every 12 --eval_problems 32 --save_every 2",
+    "--eval_every 12 --eval_problems 32 --save_every 2"
+)
+SMOLLM2 = Setup(
+    f"{ENGLISH_STEPS} --lora_rank 8",  # needs peft
     f"--problems 96 --dtype bfloat16 {LIMITS}",
 )
 SMOLLM2_PILOTS = Setup(SMOLLM2.train, f"--problems 64 --dtype bfloat16 {LIMITS}")
+ALL_WEIGHTS = Setup(ENGLISH_STEPS, SMOLLM2_PILOTS.benchmark)  # the first pilots
 
 
 @dataclass
@@ -157,16 +161,17 @@ def fixed_length(length: float) -> Slice:
     return Slice(["grpo sgd", "walk sgd"], "chain-12", range(1), 60, lr=length, table=table)
 
 
-def pilots(lr: float) -> Slice:
+def pilots(lr: float, setup: Setup = SMOLLM2_PILOTS) -> Slice:
     """Short runs of SmolLM2 that choose the learning rate; each rate has a table of its own."""
+    trained = "all weights" if setup is ALL_WEIGHTS else "adapters"
     return Slice(
         ["grpo", "walk 4 rounds"],
         ENGLISH,
         range(100, 101),
         6,
-        SMOLLM2_PILOTS,
+        setup,
         lr=lr,
-        table=f"SmolLM2, pilots at {lr:g}",
+        table=f"SmolLM2, pilots of {trained} at {lr:g}",
     )
 
 
@@ -196,9 +201,12 @@ SLICES = {
     "others": Slice(OTHERS, "chain-12", range(3), 60),
     "sgd-0.1": fixed_length(0.1),
     "sgd-0.2": fixed_length(0.2),
-    "smollm2-pilots-5e-5": pilots(5e-5),
-    "smollm2-pilots-2.5e-5": pilots(2.5e-5),
-    "smollm2-pilots-1e-5": pilots(1e-5),
+    "smollm2-pilots-5e-5": pilots(5e-5, ALL_WEIGHTS),
+    "smollm2-pilots-2.5e-5": pilots(2.5e-5, ALL_WEIGHTS),
+    "smollm2-pilots-1e-5": pilots(1e-5, ALL_WEIGHTS),
+    "smollm2-pilots-1e-4": pilots(1e-4),
+    "smollm2-pilots-3e-4": pilots(3e-4),
+    "smollm2-pilots-1e-3": pilots(1e-3),
 }
 GRID = [2.5e-4, 5e-4, 1e-3]  # learning rates of every arm; longer where the best is at an end
 SWEEP_SEEDS = 2

@@ -25,8 +25,6 @@ from tests.study import (
     ROOT,
     SAMPLES,
     SLICES,
-    SMOLLM2,
-    SMOLLM2_PILOTS,
     SWEEP_SEEDS,
     Result,
     read_results,
@@ -622,8 +620,7 @@ def report(results: list[Result]) -> str:
         named = in_table(results, table)
         if named:
             parts += [f"### {table}", markdown(outcome_rows(named)), markdown(cost_rows(named))]
-            first = next(iter(named.values()))[0]
-            if SLICES[first.slice].setup in (SMOLLM2, SMOLLM2_PILOTS):
+            if table.startswith("SmolLM2"):
                 parts.append(markdown(benchmark_rows(named)))
     difficulty = difficulty_rows(results)
     if difficulty:

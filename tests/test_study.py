@@ -95,6 +95,9 @@ def test_a_slice_may_give_the_rate():
     command = study.train_command(job, study.ROOT / "run", resume=False)
     cfg = parse(command[2:])
     assert (cfg.model, cfg.dtype, cfg.lr, cfg.steps) == ("smollm2", "bfloat16", 5e-5, 6)
+    assert cfg.lora_rank == 0
+    job, _ = study.jobs_of("smollm2-pilots-1e-4", [])
+    assert parse(study.train_command(job, study.ROOT / "run", resume=False)[2:]).lora_rank == 8
 
 
 def test_the_plan_says_how_large_a_benchmark_is():
