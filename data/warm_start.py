@@ -435,6 +435,11 @@ def card_row(args, operations: int, sampler: Sampler) -> str:
 # ------------------------------------------------------------------------------------ command line
 
 
+# The least value of a flag; a step needs a solution and a review.
+LEAST = {"seed": 0, "format_steps": 1, "review_steps": 1, "problems": 1, "rows": 2}
+LEAST |= {"lora_rank": 0, "max_tokens_per_thought": 1, "save_every": 1, "measure": 0}
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -472,10 +477,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; give {least} or more")
     return args
-
-
-LEAST = {"seed": 0, "format_steps": 1, "review_steps": 1, "problems": 1, "rows": 2}
-LEAST |= {"lora_rank": 0, "max_tokens_per_thought": 1, "save_every": 1, "measure": 0}
 
 
 def claim(args) -> None:

@@ -3,10 +3,10 @@
     python -m tests.study default --jobs 2     # trains what is missing of a slice, or of several
     python -m tests.study_tables               # what the finished runs say so far
 
-The plan is in tests/study.md. A slice is a list of arms on one set of problems with some seeds.
-Every finished run becomes one line of tests/study.jsonl, which is committed, so a study can be
-spread over days and machines. `sweep` comes first: it gives every arm its learning rate. A run that
-was cut off is resumed.
+The plan is in tests/study.md, that of SmolLM2's slices in tests/language.md. A slice is a list of
+arms on one set of problems with some seeds. Every finished run becomes one line of
+tests/study.jsonl, which is committed, so a study can be spread over days and machines. `sweep`
+comes first: it gives every arm its learning rate. A run that was cut off is resumed.
 
 Left out: runs on other machines at once (two runners of one slice train the same runs).
 
