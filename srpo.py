@@ -54,7 +54,7 @@ from data.curves import by_name, draw_curves
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.metrics import Clock, Sums, Update, load_tracker, step_metrics, update_metrics
-from data.parallel import gather, on_main, processes, rank, whole_weights
+from data.parallel import gather, on_main, processes, rank, trained_weights
 from data.problems import Problem
 from data.programs import load_program, source_of, trained_rollouts
 from data.settings import (
@@ -397,7 +397,7 @@ def update_policy(run: "Training", rollouts: list[Rollout], clock: "Clock") -> U
     for part in gather(my_sums):
         sums.add(part)
     clock.lap("train")
-    run.engine.sync(whole_weights(run.model))
+    run.engine.sync(trained_weights(run.model))
     clock.lap("sync")
     return Update(sums, grad_norm)
 
@@ -483,8 +483,10 @@ def set_up(cfg: Config) -> Training:
     if last_checkpoint:
         on_main(runs.check_origin, last_checkpoint, origin, cfg.allow_changes)
     n_parameters = sum(p.numel() for p in model.parameters())
-    engine = open_engine(cfg, model, tokenizer, context, device if sharded else None, dtype)
     torch.manual_seed(cfg.seed)  # LoRA adapters start at random
+    if cfg.lora_rank:  # before the engine, which may keep a copy
+        policies.add_adapters(model, cfg.lora_rank)
+    engine = open_engine(cfg, model, tokenizer, context, device if sharded else None, dtype)
     prepare(model, cfg, device, sharded)
     trained = [p for p in model.parameters() if p.requires_grad]
     run = Training(
@@ -567,9 +569,7 @@ def new_out_dir(cfg: Config) -> str:
 
 
 def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
-    """Makes the loaded model the one that is trained, in place: adapters, checkpointing, shards."""
-    if cfg.lora_rank:
-        policies.add_adapters(model, cfg.lora_rank)
+    """Makes the loaded model the one that is trained, in place: checkpointing, shards."""
     if cfg.grad_checkpointing:
         policies.checkpoint_layers(model)
     if sharded:
@@ -585,7 +585,7 @@ def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> Non
         run.progress = runs.load_checkpoint(last_checkpoint, run.model, run.optimizer)
         for group in run.optimizer.param_groups:  # the settings', if --allow_changes changed them
             group |= {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
-        run.engine.sync(whole_weights(run.model))
+        run.engine.sync(trained_weights(run.model))
     if cfg.resume:
         run.after = on_main(runs.rewind, run.out_dir, last_checkpoint)
         on_main(runs.remember, run.out_dir, settings)

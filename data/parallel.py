@@ -217,10 +217,19 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def trained_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of every trained parameter, one at a time: all, or those of LoRA
+    adapters. Every process must read all of it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, whole(parameter)
+
+
 def whole_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     """(name as in a Hugging Face checkpoint, whole tensor) of every parameter, one at a time.
 
-    LoRA adapters are merged into the weights that they adapt. Every process must read all of it.
+    LoRA adapters are merged into the weights that they adapt, in float32: bf16 would round small
+    ones away. Every process must read all of it.
     """
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

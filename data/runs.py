@@ -6,7 +6,8 @@
     curve.png        pass rates so far
     lock             empty; locked by the process that writes the run, as long as it lives
     checkpoints/step_N/
-        *              the policy in Hugging Face layout: adapters merged, bf16 on a GPU
+        *              the policy in Hugging Face layout: bf16 on a GPU, but float32 with adapters,
+                       which are merged
         state/         what training goes on from: trained parameters and optimizer
                        (torch.distributed.checkpoint: any number of processes can read it)
         trainer.json   where the run was (Progress)
@@ -192,10 +193,13 @@ def save_checkpoint(
     state = training_state(model, optimizer)
     with writing(temporary, (*WRITE_FAULTS, CheckpointException)):
         dcp.save(state, checkpoint_id=temporary / "state", no_dist=processes() == 1)
+    adapted = any(".lora_" in name for name, _ in model.named_parameters())
     weights = {}
     for name, weight in whole_weights(model):
         if rank() == 0:
-            dtype = torch.bfloat16 if weight.is_cuda else weight.dtype
+            dtype = weight.dtype
+            if weight.is_cuda and not adapted:  # bf16 could hold no small change by an adapter
+                dtype = torch.bfloat16
             weights[name] = weight.to("cpu", dtype)
 
     def finish():

@@ -120,10 +120,10 @@ ENGLISH_STEPS = (
 )
 SMOLLM2 = Setup(
     f"{ENGLISH_STEPS} --lora_rank 8",  # needs peft
-    f"--problems 96 --dtype bfloat16 {LIMITS}",
+    f"--problems 96 --dtype float32 {LIMITS}",  # bf16 would round merged adapters away
 )
-SMOLLM2_PILOTS = Setup(SMOLLM2.train, f"--problems 64 --dtype bfloat16 {LIMITS}")
-ALL_WEIGHTS = Setup(ENGLISH_STEPS, SMOLLM2_PILOTS.benchmark)  # the first pilots
+SMOLLM2_PILOTS = Setup(SMOLLM2.train, f"--problems 64 --dtype float32 {LIMITS}")
+ALL_WEIGHTS = Setup(ENGLISH_STEPS, f"--problems 64 --dtype bfloat16 {LIMITS}")  # the first pilots
 
 
 @dataclass
@@ -204,9 +204,9 @@ SLICES = {
     "smollm2-pilots-5e-5": pilots(5e-5, ALL_WEIGHTS),
     "smollm2-pilots-2.5e-5": pilots(2.5e-5, ALL_WEIGHTS),
     "smollm2-pilots-1e-5": pilots(1e-5, ALL_WEIGHTS),
+    "smollm2-pilots-3e-5": pilots(3e-5),
     "smollm2-pilots-1e-4": pilots(1e-4),
     "smollm2-pilots-3e-4": pilots(3e-4),
-    "smollm2-pilots-1e-3": pilots(1e-3),
 }
 GRID = [2.5e-4, 5e-4, 1e-3]  # learning rates of every arm; longer where the best is at an end
 SWEEP_SEEDS = 2

@@ -22,8 +22,9 @@ import srpo
 from conftest import POLICY, ROOT
 from data import warm_start
 from data.faults import UserError
-from data.parallel import whole_weights
+from data.parallel import adapter_delta, trained_weights, whole_weights
 from data.policies import add_adapters, load_policy
+from rollout import HFEngine
 
 if "REQUIRE_OPTIONAL" not in os.environ:  # the gate sets it: there these tests may not be skipped
     pytest.importorskip("peft", reason="peft is not installed; see Run it in README.md")
@@ -57,9 +58,7 @@ def test_only_the_linear_layers_move(adapted):
 def test_merged_weights_are_the_adapted_policy():
     model, _ = load_policy(POLICY)
     torch.manual_seed(0)
-    cfg = srpo.Config(lora_rank=4).resolve()
-    assert cfg.lr == 5e-4  # the embedded policy's own; 5e-5 for others
-    srpo.prepare(model, cfg, torch.device("cpu"), sharded=False)
+    add_adapters(model, 4)
     for name, p in model.named_parameters():
         assert p.requires_grad == (".lora_" in name)
         if "lora_B" in name:
@@ -72,7 +71,29 @@ def test_merged_weights_are_the_adapted_policy():
     assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-4)
 
 
-def test_the_usual_learning_rate_of_another_policy():
+def test_a_bf16_sampler_plays_small_adapters():
+    """Merged into bf16 weights a small change is lost: it is below half of their spacing."""
+    model, tokenizer = load_policy(POLICY, torch.bfloat16)
+    add_adapters(model, 4)
+    engine = HFEngine(model, tokenizer, device=torch.device("cpu"), dtype=torch.bfloat16)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=1e-4)  # of one update
+    engine.sync(trained_weights(model))
+    adapted = [name for name, m in model.named_modules() if hasattr(m, "lora_A")]
+    assert adapted
+    for name in adapted:
+        trained, played = model.get_submodule(name), engine.model.get_submodule(name)
+        assert torch.equal(trained.base_layer.weight, played.base_layer.weight)
+        change = adapter_delta(trained)
+        assert (adapter_delta(played) - change).norm() < 0.02 * change.norm(), name
+        weight = trained.base_layer.weight.float()
+        merged = (weight + change).bfloat16().float() - weight
+        assert (merged - change).norm() > 0.5 * change.norm(), name  # else this shows nothing
+
+
+def test_the_usual_learning_rate():
+    assert srpo.Config(lora_rank=4).resolve().lr == 5e-4  # the embedded policy's own
     assert srpo.Config(model="another", lora_rank=4).resolve().lr == 5e-5
 
 

@@ -21,7 +21,7 @@ import srpo
 from conftest import IDEA, POLICY, ROOT, settings
 from data.driver import run_programs
 from data.parallel import whole, whole_weights
-from data.policies import load_policy
+from data.policies import add_adapters, load_policy
 from loss import backward, set_advantages, weigh
 from rollout import grpo
 
@@ -248,6 +248,8 @@ def backward_as_on_a_gpu(rollouts, lora_rank):
 
     Returns the model with its gradients."""
     model, _ = load_policy(POLICY, torch.bfloat16 if lora_rank else torch.float32)
+    if lora_rank:
+        add_adapters(model, lora_rank)
     cfg = srpo.Config(lora_rank=lora_rank, dtype="bfloat16", grad_checkpointing=True).resolve()
     srpo.prepare(model, cfg, torch.device("cpu"), sharded=True)
     cfg = settings(micro_batch=5)
