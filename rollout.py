@@ -27,6 +27,7 @@ import copy
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Callable, Generator, Iterable
@@ -40,7 +41,14 @@ from data.contexts import keep_rows, sampling_cache, use_attend
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.parallel import gather, processes, rank
-from data.policies import encode_question, encode_turn, eos_of, load_policy, policy_source
+from data.policies import (
+    encode_question,
+    encode_turn,
+    eos_of,
+    load_policy,
+    policy_source,
+    save_adapters,
+)
 from data.problems import Problem
 from data.thoughts import ThoughtTracker, Vocabulary, decode
 
@@ -500,7 +508,8 @@ class Engine:
 
     def sleep(self) -> None: ...  # before training: gives memory back
 
-    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...  # after a step
+    # After a step: takes the trained parameters, all of them or those of LoRA adapters.
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
 
     def sample(self, requests: list[Request]) -> list[list[Rollout]]:
         """request.n rollouts for each request, ungraded."""
@@ -736,6 +745,7 @@ class VLLMEngine(Engine):
         memory: float = 0.5,
         tp: int = 1,
         dtype: torch.dtype = torch.float32,
+        lora_rank: int = 0,
     ):
         super().__init__()
         # Weights are handed over inside this process.
@@ -745,6 +755,9 @@ class VLLMEngine(Engine):
 
         self.gpu = torch.cuda.is_available()
         settings = vllm_settings(model.config, context, max_rows, memory, dtype)
+        if lora_rank:
+            settings["enable_lora"] = True
+            settings["max_lora_rank"] = min(rank for rank in VLLM_RANKS if rank >= lora_rank)
         if processes() > 1:
             settings["distributed_executor_backend"] = "external_launcher"
             settings["tensor_parallel_size"] = tp
@@ -764,6 +777,8 @@ class VLLMEngine(Engine):
         self.reports = rank() % tp == 0
         self.tied = model.config.get_text_config().tie_word_embeddings
         self.awake = True
+        self.lora_rank = lora_rank
+        self.adapters = None  # vLLM's LoRARequest of the newest ones; None: they are still zero
         self.under_way: dict[int, tuple[str, list[Row]]] = {}  # by ticket: vLLM's id, rows
 
     def sampling_params(self, request: Request):
@@ -788,7 +803,9 @@ class VLLMEngine(Engine):
         rows = [Row(request, self.vocabulary) for _ in range(request.n)]
         state = {"prompt_token_ids": request.prompt_ids + request.prefix_ids}
         params = self.sampling_params(request)
-        vllm_id = self.llm.llm_engine.add_request(str(ticket), state, params)
+        vllm_id = self.llm.llm_engine.add_request(
+            str(ticket), state, params, lora_request=self.adapters
+        )
         self.under_way[ticket] = vllm_id, rows
         return ticket
 
@@ -841,21 +858,41 @@ class VLLMEngine(Engine):
     def sleep(self) -> None:
         """Before training: gives weights and KV cache back to the GPU. `sync` wakes it."""
         if self.gpu and self.awake:
-            self.llm.sleep(level=2)
+            # 1 keeps the weights in host memory, 2 forgets them: sync brings new ones.
+            self.llm.sleep(level=1 if self.lora_rank else 2)
             self.awake = False
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """After an optimizer step: takes the trainer's weights, and forgets the old policy's KV."""
+        """Takes the trained parameters, and forgets the old policy's KV."""
         if not self.awake:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.lora_rank:
+            self.take_adapters(weights)
+        else:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.tied and not self.gpu:
             self.llm.apply_model(pack_head)
         if not self.awake:
             self.llm.wake_up(tags=["kv_cache"])
             self.awake = True
         self.llm.reset_prefix_cache()
+
+    def take_adapters(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Gives vLLM new LoRA adapters, which it adds to its own weights' outputs.
+
+        They are not merged: bf16 weights would round a small change away.
+        """
+        from vllm.lora.request import LoRARequest
+
+        number = 1 + (self.adapters.lora_int_id if self.adapters else 0)
+        with TemporaryDirectory() as folder:
+            save_adapters(weights, self.lora_rank, folder)
+            self.adapters = LoRARequest(f"update {number}", number, folder)
+            self.llm.llm_engine.add_lora(self.adapters)
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM makes room for
 
 
 def pack_head(model) -> None:
@@ -897,17 +934,19 @@ def make_engine(
     tp: int = 1,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    lora_rank: int = 0,
 ) -> Engine:
     """The engine called `name`: hf, vllm, or auto; prints which one it is, and why.
 
     auto: vLLM where it imports and constructs on every process, else transformers. device:
     transformers samples with a copy of the model there (None: with the model itself). dtype: of
-    the copy, and of vLLM. Raises UserError where vllm was asked for and cannot be had.
+    the copy, and of vLLM. lora_rank: of adapters that the model has. Raises UserError where vllm
+    was asked for and cannot be had.
     """
     engine, why = None, "asked for"
     if name != "hf":
-        arguments = (policy_source(source), model, tokenizer, context, max_rows, memory, tp, dtype)
-        engine, fault = try_vllm(*arguments)
+        arguments = (policy_source(source), model, tokenizer, context, max_rows, memory, tp)
+        engine, fault = try_vllm(*arguments, dtype, lora_rank)
         if fault and name == "vllm":
             raise UserError(f"--engine vllm: {fault}; see README, Run it, or use --engine hf")
         if name == "auto":

@@ -511,7 +511,7 @@ def set_up(cfg: Config) -> Training:
 def open_engine(cfg: Config, model, tokenizer, context: int, copy_device, dtype) -> Engine:
     """The engine of --engine. copy_device: where it keeps a copy of the model; None: no copy."""
     settings = dict(max_rows=cfg.max_rows, memory=cfg.engine_memory, tp=cfg.tp)
-    settings |= dict(device=copy_device, dtype=dtype)
+    settings |= dict(device=copy_device, dtype=dtype, lora_rank=cfg.lora_rank)
     engine = make_engine(cfg.engine, cfg.model, model, tokenizer, context, **settings)
     if cfg.clip and cfg.top_p < 1 and engine.name == "vllm":
         raise UserError(

@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
+from typing import Iterable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -237,17 +239,33 @@ def eos_of(model) -> set[int]:
     return set(eos) if isinstance(eos, list) else {eos} - {None}
 
 
-def add_adapters(model, lora_rank: int) -> None:
-    """LoRA adapters on all linear layers, float32, in place; everything else is frozen."""
+def adapter_config(lora_rank: int):
+    """peft's configuration of the adapters."""
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
     except ImportError:
         raise UserError("--lora_rank needs the peft library: pip install peft")
-    adapters = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
-    inject_adapter_in_model(adapters, model)
+    return LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+
+
+def add_adapters(model, lora_rank: int) -> None:
+    """LoRA adapters on all linear layers, float32, in place; everything else is frozen."""
+    config = adapter_config(lora_rank)
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def save_adapters(weights: Iterable[tuple[str, torch.Tensor]], lora_rank: int, folder: str) -> None:
+    """Writes adapters to a folder in peft's layout. weights: (name in the model, tensor)."""
+    tensors = {}
+    for name, weight in weights:
+        tensors["base_model.model." + name.replace(".default.", ".")] = weight.cpu().contiguous()
+    save_file(tensors, Path(folder) / "adapter_model.safetensors")
+    adapter_config(lora_rank).save_pretrained(folder)
 
 
 def layers_of(model) -> list[torch.nn.Module]:

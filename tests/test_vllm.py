@@ -198,6 +198,37 @@ print("tied weights agree")
 """
 
 
+ADAPTERS = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+from conftest import POLICY, Policy
+from data.parallel import trained_weights
+from data.policies import add_adapters
+from rollout import HFEngine, make_engine
+from test_vllm import greedy, sample, shape
+
+policy = Policy()
+torch.manual_seed(0)
+add_adapters(policy.model, 4)
+hf = HFEngine(policy.model, policy.tokenizer)
+arguments = ["vllm", POLICY, policy.model, policy.tokenizer]
+engine = make_engine(*arguments, context=384, max_rows=64, lora_rank=4)
+requests = greedy(policy)
+seen = [shape(sample(hf, requests))]
+assert shape(sample(engine, requests)) == seen[0]
+for update in range(2):
+    for name, p in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    engine.sync(trained_weights(policy.model))
+    seen.append(shape(sample(hf, requests)))
+    assert shape(sample(engine, requests)) == seen[-1]
+assert seen[0] != seen[1] != seen[2]
+print("adapters agree")
+"""
+
+
 def run_python(*args):
     command = [sys.executable, *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
@@ -208,6 +239,12 @@ def run_python(*args):
 def test_sync_of_tied_embeddings(tmp_path):
     script = TIED.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path / "tied"))
     assert "tied weights agree" in run_python("-c", script)
+
+
+def test_sync_of_adapters():
+    """Each update replaces the one before."""
+    script = ADAPTERS.format(tests=str(ROOT / "tests"), root=str(ROOT))
+    assert "adapters agree" in run_python("-c", script)
 
 
 # --------------------------------------------------------------------------------------- whole runs
@@ -255,10 +292,10 @@ def save_with_a_fourth_head(policy, folder):
     policy.tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("tp, lora_rank", [(1, 8), (2, 0)])
+@pytest.mark.parametrize("tp, lora_rank", [(1, 8), (2, 0), (2, 8)])
 def test_two_processes(tmp_path, policy, tp, lora_rank):
-    """Sharded trainer, vLLM in each process (with adapters, merged) or one by tensor parallelism
-    over both: sampling stays on policy."""
+    """Sharded trainer, vLLM in each process or one by tensor parallelism over both, with adapters
+    and without: sampling stays on policy."""
     model, out = tmp_path / "model", tmp_path / "run"
     save_with_a_fourth_head(policy, model)
     flags = ["--engine", "vllm", *STEPS, "--model", model, "--lr", "1e-3", "--out_dir", out]
