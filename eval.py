@@ -41,14 +41,21 @@ from data.curves import (
     share,
     summary,
     unsolved,
+    wilson,
     write_curves,
 )
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.labelled import is_labelled, load_labelled, sample_labelled
-from data.lines import write_lines, write_text
+from data.lines import check_writable, write_lines, write_text
 from data.parallel import compute_dtype, connect, end_program, on_main, processes, rank
-from data.policies import encode_all, encode_prompt, load_policy, longest_sequence
+from data.policies import (
+    digest_of_weights,
+    encode_all,
+    encode_prompt,
+    load_policy,
+    longest_sequence,
+)
 from data.problems import Problem, digest
 from data.runs import append
 from data.tasks import GENERATED, load_problems
@@ -60,7 +67,7 @@ from localize import (
     by_self,
     by_verifier,
     fallback,
-    parse_localization,
+    named_in,
     review_text,
     reviewed,
 )
@@ -111,6 +118,7 @@ class Policy:
     tokenizer: object
     engine: object
     context: int  # longest sequence, tokens
+    digest: str | None = None  # of its weights, where it was asked for
 
     def tasks(self, problems, args, source: str, **settings) -> list[Task]:
         """Tasks for measuring, with the seed and the length limits of the command line.
@@ -123,7 +131,7 @@ class Policy:
         return make_tasks(problems, self.engine, self.context, args.seed, **settings)
 
 
-def open_policy(args) -> Policy:
+def open_policy(args, with_digest: bool = False) -> Policy:
     """Loads --model with --engine, on this process's GPU where there is one."""
     device, _ = connect()
     dtype = compute_dtype(args.dtype, device)
@@ -133,7 +141,7 @@ def open_policy(args) -> Policy:
     if device.type == "cuda":
         settings["device"] = device
     engine = make_engine(args.engine, args.model, model, tokenizer, context, **settings)
-    return Policy(tokenizer, engine, context)
+    return Policy(tokenizer, engine, context, digest_of_weights(model) if with_digest else None)
 
 
 def held_out(data: str, args, at_most: int | None = None) -> list[Problem]:
@@ -174,8 +182,10 @@ def command_benchmark(args) -> None:
     folder = f"{Path(args.model).name}-n{args.samples}-T{args.temperature}-seed{args.seed}"
     out = args.out or Path("benchmarks") / folder
     connect()  # on_main needs the connection to the other processes
+    on_main(check_writable, out)
+    policy = open_policy(args, with_digest=True)
+    settings["weights"] = policy.digest  # the folder of a model may get others
     on_main(check_settings, out, settings)
-    policy = open_policy(args)
     tasks = {}
     for name, problems in sets.items():
         tasks[name] = policy.tasks(problems, args, name, temperature=args.temperature)
@@ -322,7 +332,7 @@ def name_steps(records: list[dict], setting: dict, policy: Policy, args) -> list
     for k, record in enumerate(records):
         h, how = None, "too_long"
         if k in answers:
-            h, how = parse_localization(answers[k].text, len(record["steps"]))
+            h, how = named_in(answers[k], len(record["steps"]))
         if how == "no_error":
             h = 0
         elif h is None:
@@ -397,9 +407,17 @@ def locate_failure(task: Task, reference):
 
 
 def corrected(failures: list[LocatedFailure]) -> str:
-    """Share of suffixes that are right."""
+    """Share of suffixes that are right.
+
+    Its interval counts the suffixes of a failure as one observation, as they may be alike: it is
+    too wide rather than too narrow.
+    """
+    if not failures:
+        return "none"
     right = list(chain(*[failure.right for failure in failures]))
-    return share(sum(right), len(right))
+    rate = sum(right) / len(right)
+    low, high = wilson(rate * len(failures), len(failures))
+    return f"{rate:.3f} ({low:.3f} to {high:.3f}, {sum(right)} of {len(right)})"
 
 
 def corrected_once(failures: list[LocatedFailure]) -> str:

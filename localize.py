@@ -123,6 +123,16 @@ def parse_localization(text: str, H: int) -> tuple[int | None, str]:
     return h, "self"
 
 
+def named_in(answer: Rollout, H: int) -> tuple[int | None, str]:
+    """parse_localization of a sampled answer; cut_off: it was too long, and has no box.
+
+    The last step in the text of such an answer is only the one that it was at.
+    """
+    if answer.finish == "length" and last_boxed(answer.text) is None:
+        return None, "cut_off"
+    return parse_localization(answer.text, H)
+
+
 # -------------------------------------------------------------------------------------- localizers
 
 
@@ -131,7 +141,7 @@ class Review:
     """What the policy said about a rollout. h: the thought that it names, 1-based, or None."""
 
     h: int | None
-    how: str  # "self", a fault of parse_localization, or "too_long": the prompt does not fit
+    how: str  # "self", a fault of named_in, or "too_long": the prompt does not fit
     answer: Rollout | None  # None: too_long
 
 
@@ -149,7 +159,7 @@ def reviewed(task: Task, rollouts: list[Rollout], setting: dict = WRONG) -> Gene
         answer = answers.get(i)
         h, how = None, "too_long"
         if answer is not None:
-            h, how = parse_localization(answer.text, len(rollout.thought_ends))
+            h, how = named_in(answer, len(rollout.thought_ends))
         allowed = setting == UNKNOWN and how == "no_error"  # then "no error" is a proper answer
         if h is None and not allowed:
             counters[f"localize_{how}"] += 1

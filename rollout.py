@@ -484,6 +484,7 @@ class Engine:
     streams = False  # can `finished` give some requests while others are still sampled?
     share, shares = 0, 1  # it runs programs share, share + shares, share + 2 shares, ...
     reports = True  # whether this process reports its programs: with --tp one of each group does
+    lockstep = False  # do several processes share it, and run the same programs?
 
     def __init__(self):
         self.tickets = 0
@@ -505,6 +506,8 @@ class Engine:
     def start(self, request: Request) -> int: ...
 
     def finished(self) -> list[tuple[int, list[Rollout]]]: ...
+
+    def agreed(self, rewards: list) -> list: ...  # in lockstep: those of the process that reports
 
     def sleep(self) -> None: ...  # before training: gives memory back
 
@@ -775,6 +778,7 @@ class VLLMEngine(Engine):
         self.vocabulary = Vocabulary(tokenizer, eos_of(model))
         self.share, self.shares = rank() // tp, processes() // tp
         self.reports = rank() % tp == 0
+        self.lockstep = tp > 1
         self.tied = model.config.get_text_config().tie_word_embeddings
         self.awake = True
         self.lora_rank = lora_rank
@@ -835,6 +839,11 @@ class VLLMEngine(Engine):
             self.llm.llm_engine.abort_request([vllm_id], internal=True)
             answers.append((ticket, [row.rollout() for row in rows]))
         return answers
+
+    def agreed(self, rewards: list) -> list:
+        from vllm.distributed import get_tp_group
+
+        return get_tp_group().broadcast_object(rewards)
 
     def take(self, ticket: int, output) -> list[str]:
         """Takes the new tokens of a request; returns vLLM's ids of the rows to stop."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.faults import UserError
-from data.lines import check_writable, parse, read_json, read_text, write_lines
+from data.lines import parse, read_json, read_text, write_lines
 from data.problems import Problem
 from data.runs import Run, name_of, read_run
 from data.verifiers import KINDS
@@ -129,7 +129,7 @@ def mean_with_interval(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ± {half_interval(values):.3f}"
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: int) -> tuple[float, float]:
     """Wilson's 95% interval of the share right / n.
 
     >>> [round(x, 3) for x in wilson(5, 10)]
@@ -299,13 +299,14 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
 
 
 def draw_mean(panels: dict, name: str, members: list[Run], color: str) -> None:
-    """The mean curve of the runs of one name, as far as all of them got. panels: by key of AXES."""
+    """The mean curve of the runs of one name, at the steps that all have. panels: by AXES' key."""
     several = len(members) > 1
     shown = re.sub(r"\S*/", "", name)  # a method or a data file without its folder
     label = f"{shown} ({len(members)} seeds)" if several else shown
     points = [evaluations(run.lines) for run in members]
-    shared = min(len(one) for one in points)
-    points = [one[:shared] for one in points]
+    steps = [{point["step"] for point in one} for one in points]
+    shared = set.intersection(*steps)  # a stop evaluates at a step of its own
+    points = [[point for point in one if point["step"] in shared] for one in points]
     rates = interval([column(one, "eval_pass_rate") for one in points])
     for axis, panel in panels.items():
         x = np.mean([column(one, axis) for one in points], axis=0) / AXES[axis][1]
@@ -477,8 +478,7 @@ RESPONSE = {
 
 
 def check_settings(out: Path, settings: dict) -> None:
-    """Raises UserError where `out` cannot be written, or holds a benchmark with other settings."""
-    check_writable(out)
+    """Raises UserError where `out` holds a benchmark with other settings."""
     path = out / "settings.json"
     if path.exists() and read_json(path) != settings:
         raise UserError(f"{out} holds a benchmark with other settings; choose another --out")

@@ -140,6 +140,8 @@ class Driver:
             flight = self.in_flight[ticket]
             flight.rollouts = rollouts
             grade(flight)
+            if self.engine.lockstep:
+                self.agree(flight)
         all_sampled = all(flight.rollouts is not None for flight in self.in_flight.values())
         none_graded = not any(flight.graded for flight in self.in_flight.values())
         if not self.engine.streams:
@@ -148,6 +150,19 @@ class Driver:
         elif all_sampled and none_graded:
             wait_for(self.in_flight.values(), FIRST_COMPLETED)
         self.seconds["grade"] += perf_counter() - sampled
+
+    def agree(self, flight: InFlight) -> None:
+        """Waits for the rewards, and takes those of the process that reports.
+
+        Processes that share an engine must give it the same requests at the same steps, also where
+        a grader is slow, or times out on one of them.
+        """
+        for rollout, reward in zip(flight.rollouts, flight.rewards):
+            rollout.reward = reward.result()
+        flight.rewards = []
+        rewards = self.engine.agreed([rollout.reward for rollout in flight.rollouts])
+        for rollout, reward in zip(flight.rollouts, rewards):
+            rollout.reward = reward
 
     def deliver(self) -> None:
         """Sends graded rollouts to each program whose requests are all answered."""

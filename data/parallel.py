@@ -185,6 +185,8 @@ class StopRequest:
             signal.signal(sign, signal.SIG_DFL)
         if rank() == 0:
             print("\nstopping after this step (once more: at once)", file=sys.stderr)
+            if processes() > 1:
+                print("torchrun kills it after 30 s without --shutdown_timeout", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------- shards

@@ -229,7 +229,12 @@ def supervise(args, model, tokenizer, phase: Phase) -> None:
             group["lr"] = args.lr * schedule(step, phase.steps)
         optimizer.zero_grad()
         sums = backward(model, weigh(examples, cfg), tokenizer.pad_token_id, cfg)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not norm.isfinite():
+            raise UserError(
+                f"the gradient of step {step + 1} is not finite; remove {args.out}, and take a "
+                "smaller --lr"
+            )
         optimizer.step()
         bar.set_postfix_str(f"loss {sums.loss:.3f}")
         done = step + 1
@@ -476,6 +481,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; give {least} or more")
+    if not 0 < args.lr < 1:
+        raise UserError(f"--lr is {args.lr}; give a number between 0 and 1")
     return args
 
 

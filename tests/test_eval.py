@@ -23,6 +23,7 @@ from data.faults import UserError
 from data.labelled import load_labelled, sample_labelled
 from data.lines import write_lines
 from data.tasks import load_problems
+from eval import LocatedFailure
 from localize import by_oracle, by_verifier
 from rollout import Rollout
 
@@ -77,6 +78,24 @@ def test_curves_table_and_picture(tmp_path, capsys):
     assert "| srpo 1x4 | 2 | - | 20 | 0.00 ± 0.00 | 0.800 ± 0.000 | - | 10 ± 3 |" in out
     assert "| grpo | 1 | - | 20 | 0.00 ± 0.00 | 0.200 ± 0.000 | - | - | - | - |" in out
     assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+def test_a_curve_has_the_steps_that_all_runs_have(tmp_path):
+    """A run that was stopped and resumed has an evaluation of its own."""
+    runs = [make_run(tmp_path / "s0", 0, (0.0, 0.4, 0.8)), make_run(tmp_path / "s1", 1, (0.0, 0.6))]
+    lines = [json.loads(line) for line in open(runs[1] / "metrics.jsonl")]
+    write_lines(runs[1] / "metrics.jsonl", [lines[0], lines[1] | {"step": 13}])
+    drawn = {axis: AxisOfTest() for axis in curves.AXES}
+    curves.draw_mean(drawn, "srpo", curves.by_name(runs)["srpo 1x4"], "C0")
+    assert list(drawn["step"].x) == [0]
+
+
+class AxisOfTest:
+    def plot(self, x, y, **style):
+        self.x = x
+
+    def fill_between(self, *args, **style):
+        pass
 
 
 def test_the_picture_goes_to_the_first_run(tmp_path):
@@ -188,6 +207,15 @@ def test_a_benchmark_in_bfloat16(tmp_path, benchmarked, capsys):
     args = SimpleNamespace(dtype="bfloat16", model="embedded", engine="hf", max_rows=8)
     opened = evaluation.open_policy(args)
     assert {weight.dtype for weight in opened.engine.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_benchmark_of_other_weights(tmp_path, benchmarked):
+    """The folder of a model may get another policy: its responses do not join the old ones."""
+    settings = json.loads((benchmarked / "settings.json").read_text())
+    settings["weights"] = "others"
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="other settings"):
+        evaluation.main([*BENCH, "--out", str(tmp_path)])
 
 
 def unsolved_files(out):
@@ -500,6 +528,12 @@ def test_localization_on_own_failures(policy, reference):
     assert result["failures"].endswith("reference: " + reference.__name__.removeprefix("by_"))
     late = result["corrected, from an erroneous prefix"]
     assert late == "none" or float(late.split()[0]) < 0.2
+
+
+def test_suffixes_of_a_failure_are_one_observation():
+    failures = [LocatedFailure(1, 1, 3, [right] * 4) for right in (True, False, False, False)]
+    low, high = curves.wilson(1, 4)
+    assert evaluation.corrected(failures) == f"0.250 ({low:.3f} to {high:.3f}, 4 of 16)"
 
 
 def test_localization_command(capsys):

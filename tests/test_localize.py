@@ -15,6 +15,7 @@ from localize import (
     by_random,
     by_self,
     localization_prompt,
+    named_in,
     parse_localization,
     prefix_values,
 )
@@ -141,6 +142,14 @@ def test_every_fallback_is_counted(policy, fault, text, fallback):
         assert h == 1
     else:
         assert h is None
+
+
+def test_an_answer_that_is_cut_off_names_no_step():
+    """Without a box its last step is only the one that it was at."""
+    text = "[Thought 1] right [Thought 2] ri"
+    assert named_in(rollout_of([1], "length", text), H=5) == (None, "cut_off")
+    assert named_in(rollout_of([1], "eos", text), H=5) == (2, "self")
+    assert named_in(rollout_of([1], "length", text + r" \boxed{4}"), H=5) == (4, "self")
 
 
 def never_found(task, seeds):

@@ -7,6 +7,7 @@ plain forwards of the same model.
 import copy
 import itertools
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -786,6 +787,30 @@ def test_slow_grading_goes_on_while_others_sample():
     assert sampled.results == [[1.0, None], [1.0, None], [2.0, None], [3.0, None]]
     assert order == [1, 2, 3, 0]
     assert [rollout.problem for rollout in sampled.generated] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_processes_that_share_an_engine_keep_step():
+    """Slow graders are waited for, and the reporting process's rewards count on all."""
+
+    class Shared(Streaming):
+        lockstep = True
+
+        def agreed(self, rewards):
+            return [reward + 0.5 for reward in rewards]
+
+    def slow(text):
+        time.sleep(0.2)
+        return 1.0
+
+    order = []
+
+    def program(i):
+        ((first,),) = yield [request_of(problem=i, grade=slow, slow=i == 0)]
+        order.append(i)
+        return first.reward
+
+    assert run_programs([program(i) for i in range(3)], Shared()).results == [1.5, 1.5, 1.5]
+    assert order == [0, 1, 2]  # else the slow one would be last
 
 
 def test_a_verifier_that_fails_stops_the_run(policy):
