@@ -175,6 +175,11 @@ def pilots(lr: float, setup: Setup = SMOLLM2_PILOTS) -> Slice:
     )
 
 
+def pretrained(arm: str, steps: int) -> Slice:
+    """The runs of SmolLM2 that count; all arms generate as many tokens, so their steps differ."""
+    return Slice([arm], ENGLISH, range(3), steps, SMOLLM2, lr=1e-4, table="SmolLM2")
+
+
 SLICES = {
     "sweep": Slice(["grpo", "walk", "srpo", "rrpo"], "chain-12", range(100, 102), 40, SWEEP),
     "hard": Slice(["srpo", "walk"], HARD, range(5), 60),
@@ -207,6 +212,9 @@ SLICES = {
     "smollm2-pilots-3e-5": pilots(3e-5),
     "smollm2-pilots-1e-4": pilots(1e-4),
     "smollm2-pilots-3e-4": pilots(3e-4),
+    "smollm2-grpo": pretrained("grpo", 24),
+    "smollm2-srpo": pretrained("srpo", 23),
+    "smollm2-walk": pretrained("walk 4 rounds", 24),
 }
 GRID = [2.5e-4, 5e-4, 1e-3]  # learning rates of every arm; longer where the best is at an end
 SWEEP_SEEDS = 2
