@@ -759,8 +759,7 @@ class VLLMEngine(Engine):
         self.gpu = torch.cuda.is_available()
         settings = vllm_settings(model.config, context, max_rows, memory, dtype)
         if lora_rank:
-            settings["enable_lora"] = True
-            settings["max_lora_rank"] = min(rank for rank in VLLM_RANKS if rank >= lora_rank)
+            settings |= vllm_adapters(lora_rank, dtype)
         if processes() > 1:
             settings["distributed_executor_backend"] = "external_launcher"
             settings["tensor_parallel_size"] = tp
@@ -901,7 +900,14 @@ class VLLMEngine(Engine):
             self.llm.llm_engine.add_lora(self.adapters)
 
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM makes room for
+def vllm_adapters(lora_rank: int, dtype: torch.dtype) -> dict:
+    """Settings for adapters. Raises ValueError where vLLM cannot have them."""
+    room = [rank for rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank >= lora_rank]
+    if not room:
+        raise ValueError("its LoRA adapters have a rank of 512 at most")
+    if torch.cuda.is_available() and dtype == torch.float32:
+        raise ValueError("its LoRA adapters compute in bfloat16 on a GPU, not in float32")
+    return {"enable_lora": True, "max_lora_rank": room[0]}
 
 
 def pack_head(model) -> None:

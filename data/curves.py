@@ -481,7 +481,9 @@ def check_settings(out: Path, settings: dict) -> None:
     """Raises UserError where `out` holds a benchmark with other settings."""
     path = out / "settings.json"
     if path.exists() and read_json(path) != settings:
-        raise UserError(f"{out} holds a benchmark with other settings; choose another --out")
+        raise UserError(
+            f"{out} holds a benchmark with other settings or weights; choose another --out"
+        )
 
 
 def finished_problems(path: Path, samples: int) -> dict[int, list[dict]]:

@@ -3,7 +3,8 @@
 A program is a generator: it yields a list of requests, is sent a list of n graded rollouts for
 each, and returns what it likes (rollout.py). Everything that the programs wait for goes to one
 engine. With vLLM, which streams, a program goes on as soon as its own answers are there; with hf
-all go on together, so that the next batch is large. Slow graders run in threads, beside sampling.
+all go on together, so that the next batch is large. Slow graders run in threads, beside sampling;
+where processes share an engine (--tp), sampling waits for them.
 
 Left out: several engines in one process.
 
@@ -140,8 +141,8 @@ class Driver:
             flight = self.in_flight[ticket]
             flight.rollouts = rollouts
             grade(flight)
-            if self.engine.lockstep:
-                self.agree(flight)
+        if self.engine.lockstep:
+            self.agree([self.in_flight[ticket] for ticket, _ in finished])
         all_sampled = all(flight.rollouts is not None for flight in self.in_flight.values())
         none_graded = not any(flight.graded for flight in self.in_flight.values())
         if not self.engine.streams:
@@ -151,17 +152,20 @@ class Driver:
             wait_for(self.in_flight.values(), FIRST_COMPLETED)
         self.seconds["grade"] += perf_counter() - sampled
 
-    def agree(self, flight: InFlight) -> None:
+    def agree(self, flights: list[InFlight]) -> None:
         """Waits for the rewards, and takes those of the process that reports.
 
         Processes that share an engine must give it the same requests at the same steps, also where
         a grader is slow, or times out on one of them.
         """
-        for rollout, reward in zip(flight.rollouts, flight.rewards):
-            rollout.reward = reward.result()
-        flight.rewards = []
-        rewards = self.engine.agreed([rollout.reward for rollout in flight.rollouts])
-        for rollout, reward in zip(flight.rollouts, rewards):
+        rollouts = []
+        for flight in flights:
+            for rollout, reward in zip(flight.rollouts, flight.rewards):
+                rollout.reward = reward.result()
+            flight.rewards = []
+            rollouts += flight.rollouts
+        rewards = self.engine.agreed([rollout.reward for rollout in rollouts])
+        for rollout, reward in zip(rollouts, rewards):
             rollout.reward = reward
 
     def deliver(self) -> None:

@@ -186,7 +186,11 @@ class StopRequest:
         if rank() == 0:
             print("\nstopping after this step (once more: at once)", file=sys.stderr)
             if processes() > 1:
-                print("torchrun kills it after 30 s without --shutdown_timeout", file=sys.stderr)
+                print(
+                    "torchrun kills the run 30 s after Ctrl-C, unless it was started with a longer "
+                    "--shutdown_timeout",
+                    file=sys.stderr,
+                )
 
 
 # ------------------------------------------------------------------------------------------- shards

@@ -6,8 +6,8 @@
     curve.png        pass rates so far
     lock             empty; locked by the process that writes the run, as long as it lives
     checkpoints/step_N/
-        *              the policy in Hugging Face layout: bf16 on a GPU, but float32 with adapters,
-                       which are merged
+        *              the policy in Hugging Face layout: bf16 on a GPU; adapters are merged, and
+                       what they adapt is float32
         state/         what training goes on from: trained parameters and optimizer
                        (torch.distributed.checkpoint: any number of processes can read it)
         trainer.json   where the run was (Progress)

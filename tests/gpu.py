@@ -6,6 +6,7 @@
     train-0.5B   a training step of Qwen2.5's shape with random weights at the paper's lengths:
     train-1.5B   peak memory beside the table of tests/README.md, and utilisation
     vllm         vLLM's sleep, wake-up and new weights, where it is installed
+    vllm-lora    the same with adapters, where peft is installed, too
 
     bash tests/gpu.sh                         # all; makes sure of the environment first
     bash tests/gpu.sh --only run engine
@@ -16,7 +17,7 @@ exit code is 1 if any failed. Without a GPU the same checks run on the CPU with 
 the table says what that leaves open. Everything is written to --out (runs/gpu): the table, and each
 check's output.
 
-Left out: more than one GPU, LoRA, and 7B.
+Left out: more than one GPU, and 7B.
 
 Try it alone:  python -m tests.gpu --only shards --out /tmp/gpu
 """
@@ -358,12 +359,16 @@ def matrix_rate(device: torch.device) -> float:
 # --------------------------------------------------------------------------------------------- vLLM
 
 
-def check_vllm(report: Report, out: Path) -> None:
+def check_vllm(lora_rank: int, report: Report, out: Path) -> None:
     if not find_spec("vllm"):
         raise NotDone("vLLM is not installed: pip install -r requirements.txt vllm==0.32.0")
+    if lora_rank and not find_spec("peft"):
+        raise NotDone("peft is not installed: pip install peft")
     flags = "--engine vllm --method grpo --prompts_per_step 16 --train_data chain-4 --eval_data"
-    flags += " chain-4 --eval_problems 4 --engine_memory 0.3 --max_rows 128"
-    run = set_up(parse([*flags.split(), "--out_dir", str(out / "vllm_run")]))
+    flags += (
+        f" chain-4 --eval_problems 4 --engine_memory 0.3 --max_rows 128 --lora_rank {lora_rank}"
+    )
+    run = set_up(parse([*flags.split(), "--out_dir", str(out / f"vllm_run_{lora_rank}")]))
     report.add("version", import_module("vllm").__version__)
     for step in range(3):
         tasks = tasks_of_step(run, step)
@@ -409,7 +414,8 @@ CHECKS = {
     "run": Check(check_run, 150),
     "train-0.5B": Check(partial(check_train, "0.5B"), 70),
     "train-1.5B": Check(partial(check_train, "1.5B"), 110),
-    "vllm": Check(check_vllm, 140),
+    "vllm": Check(partial(check_vllm, 0), 140),
+    "vllm-lora": Check(partial(check_vllm, 8), 140),
 }
 TOGETHER = 570  # seconds: checks that come too late are not done
 NOT_DONE = 3  # exit code of a check that cannot run here; the last line of its output says why

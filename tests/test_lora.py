@@ -71,7 +71,7 @@ def test_merged_weights_are_the_adapted_policy():
     assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-4)
 
 
-def test_a_bf16_sampler_plays_small_adapters():
+def test_a_bf16_sampler_follows_small_adapters():
     """Merged into bf16 weights a small change is lost: it is below half of their spacing."""
     model, tokenizer = load_policy(POLICY, torch.bfloat16)
     add_adapters(model, 4)
@@ -83,10 +83,10 @@ def test_a_bf16_sampler_plays_small_adapters():
     adapted = [name for name, m in model.named_modules() if hasattr(m, "lora_A")]
     assert adapted
     for name in adapted:
-        trained, played = model.get_submodule(name), engine.model.get_submodule(name)
-        assert torch.equal(trained.base_layer.weight, played.base_layer.weight)
+        trained, copied = model.get_submodule(name), engine.model.get_submodule(name)
+        assert torch.equal(trained.base_layer.weight, copied.base_layer.weight)
         change = adapter_delta(trained)
-        assert (adapter_delta(played) - change).norm() < 0.02 * change.norm(), name
+        assert (adapter_delta(copied) - change).norm() < 0.02 * change.norm(), name
         weight = trained.base_layer.weight.float()
         merged = (weight + change).bfloat16().float() - weight
         assert (merged - change).norm() > 0.5 * change.norm(), name  # else this shows nothing
