@@ -267,6 +267,10 @@ def seeds_of(mine: list[Result]) -> str:
     return "1 seed" if len(mine) == 1 else f"{len(mine)} seeds"
 
 
+def described(arm: str, mine: list[Result]) -> str:
+    return f"{arm}, {seeds_of(mine)}, {mine[0].steps} steps, {mine[0].lr:g}"
+
+
 def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
     """What each arm reaches, beside GRPO, the walk or the first arm; variants of the walk also
     beside the walk."""
@@ -277,7 +281,7 @@ def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
         reached = [reach(result).reached for result in mine]
         rates = [result.pass_rate for result in mine]
         row = {
-            "arm": f"{arm}, {seeds_of(mine)}, {mine[0].steps} steps, {mine[0].lr:g}",
+            "arm": described(arm, mine),
             "pass@1 (95%)": rates_in_words(rates, reached),
             "pass@8": mean_of_known([r.pass_at_8 for r in mine]),
             f"reached {TARGET}": f"{sum(reached)} of {len(mine)}",
@@ -330,7 +334,8 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
 
 
 def benchmark_rows(named: dict[str, list[Result]]) -> list[dict]:
-    """What the right responses of the last checkpoints are like, beside those of the first arm.
+    """What the last checkpoints reach, and what their right responses are like, beside the first
+    arm. For runs whose evaluations on the way are too small to tell when they reached something.
 
     Every run must have a benchmark.
     """
@@ -341,10 +346,14 @@ def benchmark_rows(named: dict[str, list[Result]]) -> list[dict]:
         solved = sum(np.count_nonzero(result.right) for result in mine)
         pair = Pair(mine, [] if arm == usual else named[usual])
         compared = between_ends(pair.over_problems()) if pair.matched() else ""
+        rates = [result.pass_rate for result in mine]
         rows.append(
             {
-                "arm": arm,
-                f"minus {usual}'s, over problems": compared,
+                "arm": described(arm, mine),
+                "pass@1 (95%)": rates_in_words(rates, [True] * len(rates)),
+                "pass@8": mean_of_known([r.pass_at_8 for r in mine]),
+                f"minus {usual}'s, over seeds": str(pair.difference()),
+                "over problems": compared,
                 "right responses": f"{right:,}",
                 "every step checks": share_of(sum(result.certified for result in mine), right),
                 "different texts of a solved problem": share_of(
@@ -619,9 +628,8 @@ def report(results: list[Result]) -> str:
     for table in dict.fromkeys(part.table or part.data for part in SLICES.values()):
         named = in_table(results, table)
         if named:
-            parts += [f"### {table}", markdown(outcome_rows(named)), markdown(cost_rows(named))]
-            if table.startswith("SmolLM2"):
-                parts.append(markdown(benchmark_rows(named)))
+            rows_of = benchmark_rows if table.startswith("SmolLM2") else outcome_rows
+            parts += [f"### {table}", markdown(rows_of(named)), markdown(cost_rows(named))]
     difficulty = difficulty_rows(results)
     if difficulty:
         parts += ["### By difficulty", markdown(difficulty)]
