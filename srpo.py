@@ -483,9 +483,7 @@ def set_up(cfg: Config) -> Training:
     if last_checkpoint:
         on_main(runs.check_origin, last_checkpoint, origin, cfg.allow_changes)
     n_parameters = sum(p.numel() for p in model.parameters())
-    torch.manual_seed(cfg.seed)  # LoRA adapters start at random
-    if cfg.lora_rank:  # before the engine, which may keep a copy
-        policies.add_adapters(model, cfg.lora_rank)
+    adapt(model, cfg)  # before the engine, which may keep a copy
     engine = open_engine(cfg, model, tokenizer, context, device if sharded else None, dtype)
     prepare(model, cfg, device, sharded)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -568,8 +566,15 @@ def new_out_dir(cfg: Config) -> str:
     return str(runs.ROOT / "runs" / f"{method}{resets}-seed{cfg.seed}-{stamp}")
 
 
+def adapt(model, cfg: Config) -> None:
+    """Adds the adapters of --lora_rank to the loaded model, in place."""
+    torch.manual_seed(cfg.seed)  # they start at random
+    if cfg.lora_rank:
+        policies.add_adapters(model, cfg.lora_rank)
+
+
 def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
-    """Makes the loaded model the one that is trained, in place: checkpointing, shards."""
+    """Makes the model ready for training, in place: checkpointing, shards."""
     if cfg.grad_checkpointing:
         policies.checkpoint_layers(model)
     if sharded:

@@ -251,7 +251,7 @@ def adapter_config(lora_rank: int):
 def add_adapters(model, lora_rank: int) -> None:
     """LoRA adapters on all linear layers, float32, in place; everything else is frozen."""
     config = adapter_config(lora_rank)
-    from peft import inject_adapter_in_model
+    from peft import inject_adapter_in_model  # here: adapter_config says if peft is missing
 
     inject_adapter_in_model(config, model)
     for parameter in model.parameters():
