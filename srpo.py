@@ -485,6 +485,7 @@ def set_up(cfg: Config) -> Training:
     n_parameters = sum(p.numel() for p in model.parameters())
     adapt(model, cfg)  # before the engine, which may keep a copy
     engine = open_engine(cfg, model, tokenizer, context, device if sharded else None, dtype)
+    cfg.engine = origin.settings["engine"] = engine.name  # auto: --resume must find the same one
     prepare(model, cfg, device, sharded)
     trained = [p for p in model.parameters() if p.requires_grad]
     run = Training(

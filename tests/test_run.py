@@ -648,6 +648,20 @@ def test_without_vllm(tmp_path, capsys, monkeypatch, untouched):
     assert said.startswith("engine: hf (vLLM cannot be used: ModuleNotFoundError")
 
 
+def test_a_resumed_run_keeps_its_engine(tmp_path, capsys, monkeypatch):
+    """Where auto took transformers, --resume takes no other engine, whatever works by then."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    out = tmp_path / "auto"
+    run_here(*TINY, "--engine", "auto", "--steps", "1", "--out_dir", out)
+    assert json.loads((out / "config.json").read_text())["engine"] == "hf"
+    assert "that run has engine = hf, not vllm" in refused(
+        capsys, "--resume", out, "--engine", "vllm"
+    )
+    capsys.readouterr()
+    run_here("--resume", out, "--steps", "2")
+    assert capsys.readouterr().out.startswith("engine: hf (asked for)")
+
+
 def test_unwritable_out_dir(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "run", Path("/proc/run")):

@@ -269,7 +269,8 @@ def test_auto_takes_vllm_and_a_run_resumes(tmp_path):
     out = tmp_path / "run"
     said = run_python(ROOT / "srpo.py", "--engine", "auto", *STEPS, "--out_dir", out)
     assert "engine: vllm (vLLM imports and constructs here)" in said
-    run_python(ROOT / "srpo.py", "--resume", out, "--steps", 3)
+    said = run_python(ROOT / "srpo.py", "--resume", out, "--steps", 3)
+    assert "engine: vllm (asked for)" in said
     before, *steps = lines_of(out / "metrics.jsonl")
     assert before["step"] == 0
     assert [step["step"] for step in steps] == [1, 2, 3]
