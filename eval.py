@@ -209,7 +209,10 @@ def command_benchmark(args) -> None:
         content = {"settings": settings, "results": results}
         write_text(out / "results.json", json.dumps(content, indent=1))
         print(benchmark_table(results, args.samples))
-        print("± is half a 95% interval over problems; tokens and seconds are per problem")
+        print(
+            "± is half a 95% interval over problems, 0 where all are alike: that says nothing; "
+            "tokens and seconds are per problem"
+        )
         print(f"{out}/results.json, and every response in {out}/SET.jsonl")
 
 
@@ -605,7 +608,7 @@ def add_commands(commands) -> None:
     add_sampling(command, problems=256, temperature=1.0)
     add = command.add_argument
     add("--data", default="chain-12", help=f"JSON-lines file, or {GENERATED}")
-    add("--rounds", type=number(int, 0, 10**4), default=8, help="corrections, at most")
+    add("--rounds", type=number(int, 0, 200), default=8, help="corrections, at most")
     add("--judge", choices=["verifier", "self"], default="verifier", help="says when to stop")
 
     add = add_command(commands, command_curves).add_argument

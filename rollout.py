@@ -106,8 +106,9 @@ class Rollout:
     def searched(self) -> bool:
         """Whether it is trained as a sample of a state that it was not sampled from.
 
-        Its first tokens are an earlier rollout's, kept because of what that one turned out to be.
-        The same policy sampled those tokens, so `gap_prefix` compares engines, too.
+        Its first tokens are an earlier rollout's, chosen because that one was wrong after them: it
+        is off-policy in rollouts.jsonl. This step's policy sampled these tokens all the same, so
+        `gap_prefix` compares the engines on them.
         """
         return self.trained_from is not None and self.trained_from < self.prefix_len
 
@@ -529,18 +530,18 @@ def copy_of(model, device: torch.device, dtype: torch.dtype):
     Buffers keep their type, as in the sharded trainer: a rounded rotary frequency would turn far
     positions by other angles than in training.
     """
-    copied = copy.deepcopy(model).to(device)
+    copied = copy.deepcopy(model)
     for parameter in copied.parameters():
         parameter.data = parameter.data.to(dtype)
-    return copied
+    return copied.to(device)  # last: the device then needs no room for float32
 
 
 class HFEngine(Engine):
     """Samples with a transformers model in this process: KV cache, one prefill for each request,
     and finished rows leave the batch.
 
-    In a run of one CPU process it holds the trainer's own model, and `sync` has nothing to copy.
-    Where the trainer's model is sharded it holds a copy on `device`, of type `dtype`. Randomness
+    In a float32 run of one CPU process it holds the trainer's own model, and `sync` has nothing to
+    copy. Else it holds a copy on `device`, of type `dtype`. Randomness
     is keyed: token t of row i of a request uses uniform number t of the generator keyed
     (rng_key, i), so a response does not depend on what else is in the batch, nor on the number of
     processes, up to rounding.
@@ -569,9 +570,9 @@ class HFEngine(Engine):
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self.has_copy:
-            mine = dict(self.model.named_parameters())
+            mine = self.model.state_dict()
             for name, weight in weights:
-                mine[name].data.copy_(weight)
+                mine[name].copy_(weight)
 
     def start(self, request: Request) -> int:
         ticket = self.ticket()
@@ -649,7 +650,7 @@ class HFEngine(Engine):
         )
         self.spend(read)
         of_row = torch.tensor([place_of[state] for state in states], device=device)  # [rows]
-        cache.batch_select_indices(of_row)
+        cache.reorder_cache(of_row)
         return Decoding(
             cache=cache,
             logits=out.logits[:, -1][of_row],

@@ -118,7 +118,9 @@ class MethodSettings:
     max_seed_draws: NotNegative = setting(
         8, "fresh draws for a prompt in search of a failure, at most"
     )
-    rounds: NotNegative = setting(12, "walk: resets of a prompt, at most; 0: none")
+    rounds: Annotated[int, Bounds(0, 200)] = setting(
+        12, "walk: resets of a prompt, at most; 0: none"
+    )
     correct: Annotated[float, Bounds(0, 1)] = setting(1.0, "a reward below this is a failure")
     mask_prefix: bool = setting(True, "train suffix rollouts on their suffix only")
     length: Literal["trained", "response", "step"] = setting(
@@ -485,7 +487,7 @@ def set_up(cfg: Config) -> Training:
     n_parameters = sum(p.numel() for p in model.parameters())
     adapt(model, cfg)  # before the engine, which may keep a copy
     engine = open_engine(cfg, model, tokenizer, context, device if sharded else None, dtype)
-    cfg.engine = origin.settings["engine"] = engine.name  # auto: --resume must find the same one
+    cfg.engine = engine.name  # auto: --resume must find the same one
     prepare(model, cfg, device, sharded)
     trained = [p for p in model.parameters() if p.requires_grad]
     run = Training(
@@ -495,7 +497,7 @@ def set_up(cfg: Config) -> Training:
         model=model,
         tokenizer=tokenizer,
         engine=engine,
-        optimizer=torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay),
+        optimizer=new_optimizer(trained, cfg),
         context=context,
         train_set=ProblemSet(train_problems, train_prompts),
         eval_set=ProblemSet(eval_problems, eval_prompts),
@@ -505,6 +507,22 @@ def set_up(cfg: Config) -> Training:
     )
     begin(run, last_checkpoint, n_parameters)
     return run
+
+
+def new_optimizer(parameters: list[torch.nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+    """AdamW with its moments at zero.
+
+    AdamW alone makes them at its first step. A checkpoint before that step would make them by a
+    step of zeros, which counts: the first real update would be a second one, a quarter smaller.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def open_engine(cfg: Config, model, tokenizer, context: int, copy_device, dtype) -> Engine:
@@ -552,6 +570,7 @@ def origin_of(
     """What the run is a function of. policy: policies.fingerprint of it."""
     fixed = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
     del fixed["out_dir"]
+    del fixed["engine"]  # what auto found; config.json keeps it
     inputs = dict(policy)
     if cfg.method not in PROGRAMS:
         inputs["file of --method"] = source_of(program)

@@ -514,8 +514,8 @@ default task is `chain-{usual}`.
 {rows}
 
 Luck: of {wrong} responses with a wrong step, {lucky} were rewarded: a share of at most {luck:.5f}
-(95% upper bound, Wilson). Of chains of {usual} steps alone: {usual_lucky} of {usual_wrong}, at most
-{usual_luck:.5f}.
+(upper end of Wilson's 95% interval). Of chains of {usual} steps alone: {usual_lucky} of
+{usual_wrong}, at most {usual_luck:.5f}.
 
 After training: {after}
 

@@ -12,7 +12,7 @@ does not). Without both, one token more takes 1.8 to 3 times as long on the embe
 to 4.2 times on one of 135 M parameters.
 
 Left out: state-space and hybrid models, whose layers keep more than keys and values. There loss.py
-runs whole rows, and the sampler transformers' own cache.
+runs whole rows, and the sampler has transformers' own cache.
 """
 
 import torch
@@ -115,8 +115,8 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices) -> None:
-        super().batch_select_indices(indices)
+    def reorder_cache(self, places) -> None:
+        super().reorder_cache(places)
         self.all_keys = self.all_values = None  # the next token makes room again
 
 
@@ -125,7 +125,7 @@ def keep_rows(cache: DynamicCache, mask: torch.Tensor, places: torch.Tensor) -> 
 
     mask: [rows, columns], 1 on real tokens. Returns that of what is kept.
     """
-    cache.batch_select_indices(places)
+    cache.reorder_cache(places)  # transformers' word for taking rows; layers of all kinds have it
     mask = mask[places]
     if not all(isinstance(layer, RoomyLayer) for layer in cache.layers):
         return mask  # a sliding window counts its columns

@@ -1,7 +1,8 @@
 """Curves, tables and statistics of what was measured: training runs and benchmarks.
 
 Runs with the same name differ only in their random seed: they share one curve and one table row.
-Intervals over seeds are bootstrap intervals; intervals of a share are Wilson's.
+Intervals over seeds are Student's, over problems normal or bootstrap ones (which say nothing where
+all problems are alike), and those of other shares Wilson's.
 
 Left out: significance tests, and corrections for the number of comparisons.
 
@@ -118,6 +119,21 @@ def interval(values, statistic=mean_over_seeds, resamples: int = 4000) -> Interv
     return Interval(statistic(values), low, high)
 
 
+# Quantiles of Student's t for a two-sided 95% interval, by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def t_interval(values) -> Interval:
+    """Mean of `values` [seeds, ...] and Student's 95% interval; the bounds are nan for one seed."""
+    values = np.asarray(values, float)
+    mean, freedom = values.mean(0), len(values) - 1
+    if freedom == 0:
+        return Interval(mean, np.nan, np.nan)
+    quantile = T95.get(freedom, 1.96 + 2.4 / freedom + 2.8 / freedom**2)  # within 0.002 from 10 on
+    half = quantile * values.std(0, ddof=1) / np.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
 def half_interval(values: np.ndarray) -> float:
     """Half of the normal 95% interval of a mean; nan for one value."""
     if len(values) < 2:
@@ -177,8 +193,11 @@ def spread(values, form: str) -> str:
 def first_reach(lines: list[dict], target: float, key: str) -> float:
     """Value of `key` where the held-out pass rate first reaches `target`; nan if it never does.
 
-    Linear between evaluations."""
-    for before, after in pairwise(evaluations(lines)):
+    Linear between evaluations. A run that starts there has reached it at its first one."""
+    points = evaluations(lines)
+    if points and points[0]["eval_pass_rate"] >= target:
+        return points[0][key]
+    for before, after in pairwise(points):
         y0, y1 = before["eval_pass_rate"], after["eval_pass_rate"]
         if y0 < target <= y1:
             x0, x1 = before[key], after[key]
@@ -307,7 +326,7 @@ def draw_mean(panels: dict, name: str, members: list[Run], color: str) -> None:
     steps = [{point["step"] for point in one} for one in points]
     shared = set.intersection(*steps)  # a stop evaluates at a step of its own
     points = [[point for point in one if point["step"] in shared] for one in points]
-    rates = interval([column(one, "eval_pass_rate") for one in points])
+    rates = t_interval([column(one, "eval_pass_rate") for one in points])
     for axis, panel in panels.items():
         x = np.mean([column(one, axis) for one in points], axis=0) / AXES[axis][1]
         panel.plot(x, rates.value, color=color, label=label, marker="o", markersize=3)
@@ -343,8 +362,8 @@ def write_curves(folders: list[Path], out: Path, target: float) -> None:
     print("mean ± standard deviation over seeds; pass rates are of held-out problems;")
     print(f"until {target}: to that pass rate; (n not): n seeds did not reach it\n")
     print(cost_table(named))
-    print("seconds of a step in total and by phase: base to oracle are sampling, by purpose\n")
-    print(f"drawn in {out} (band: 95% bootstrap interval of the mean over seeds)")
+    print("seconds of a step in total and by phase: those before grade are sampling, by purpose\n")
+    print(f"drawn in {out} (band: Student's 95% interval of the mean over seeds)")
 
 
 def results_table(named: Named, target: float) -> str:
@@ -389,7 +408,7 @@ def located_exactly(members: list[Run]) -> str:
 def cost_table(named: Named) -> str:
     """Seconds by phase, sampling speed and tokens of one training step.
 
-    Means over steps, then medians over seeds: a run that shared its machine does not count."""
+    Means over steps, then medians over seeds: of three, one that shared its machine counts less."""
     lines = []
     for run in chain.from_iterable(named.values()):
         lines += run.lines
@@ -426,7 +445,8 @@ def purposes_of(lines: list[dict]) -> list[str]:
 
 def step_costs(run: Run, phases: list[str]) -> dict[str, float]:
     """Means over the steps of one run: seconds (of all, of sampling, of each phase) and tokens."""
-    steps = [line for line in run.lines if "seconds" in line]
+    # A run that was stopped before its first step has none.
+    steps = [line for line in run.lines if "seconds" in line] or [{"seconds": {}}]
     costs = {
         "seconds": np.mean([sum(line["seconds"].values()) for line in steps]),
         "sampling": np.mean([spent(line, set(phases) - set(WORK)) for line in steps]),

@@ -19,7 +19,8 @@ Anything else is wrong. So is 14 + 4 = 18: it hits a later true value by a wrong
 answer must be the last true value, and the last thought must box one. Hence every response with a
 wrong answer has a first wrong thought.
 
-Left out: true equations off the path, such as 5 + 9 = 14. They count as wrong.
+Left out: true equations off the path, such as 5 + 9 = 14. They count as wrong. Numbers that do not
+stand behind a "=", such as "14 plus 9 is 24", are not read.
 
 Try it alone:  python -m data.english        # problems with solutions, and reviews of wrong ones
 """
@@ -31,7 +32,7 @@ import numpy as np
 
 from data.faults import UserError
 from data.problems import Problem
-from data.verifiers import DELIMITER, last_boxed
+from data.verifiers import DELIMITER, last_boxed, tidied
 
 MAX_OPERATIONS = 12
 LARGEST = 99  # true values are 1 to 99
@@ -160,7 +161,9 @@ class English:
             judged, place = self.judge_equations(thought, place)
             boxed = last_boxed(thought)
             if judged.right and (boxed or h == len(thoughts)):
-                judged = Judgement(f"the answer is {answer}", boxed or "nothing", boxed == answer)
+                judged = Judgement(
+                    f"the answer is {answer}", boxed or "nothing", tidied(boxed or "") == answer
+                )
             judgements.append(judged)
             if not judged.right:
                 break

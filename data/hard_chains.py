@@ -117,4 +117,9 @@ def demo(steps: int, below: float) -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:] or ["12", "4e-4"]
-    demo(int(arguments[0]), float(arguments[1]))
+    if len(arguments) != 2:
+        sys.exit("usage: python -m data.hard_chains STEPS BELOW")
+    try:
+        demo(int(arguments[0]), float(arguments[1]))
+    except UserError as fault:
+        sys.exit(f"hard_chains.py: {fault}")

@@ -14,10 +14,11 @@ Limits, of the library and of these steps:
   - A list without brackets has no order, unless it has an item twice: `2, 3` equals `3, 2`. Where
     the order matters, write the reference as `(2, 3)`.
   - `(1, 2)` is the pair and also the open interval.
-  - A decimal equals a number with the same six significant digits: 1/3 equals 0.333333.
+  - A decimal equals a number with the same six decimals: 1/3 equals 0.333333. Of numbers below 0.1
+    six significant digits count.
   - Units are compared, not converted: `3 cm` is not `30 mm`. A unit that is not in UNITS counts for
     nothing, and a single letter that is not in \text is a variable: `5 m` is not 5. Degrees are not
-    radians, and `5 million` is not 5000000.
+    radians, and functions of degrees are not computed; `5 million` is not 5000000.
   - Bases are compared, not computed: `100_2` is not 4. One in words is not read.
   - Inequalities that are joined by "or" are no union of intervals.
   - An equation equals its multiples, and no other one with the same solutions.
@@ -81,6 +82,8 @@ REWRITES = [  # (pattern, replacement), in this order
     (r"\\?\$|(?<!\\)\\[()\[\]]|\\displaystyle|\\(?:left|right)(?![a-z])", ""),
     (r"\^ ?\{? ?\\circ ?\}?(?: ?[CF]$)?", ""),
     (r"(?<!\\)\\! ?", ""),
+    # A thin space between thousands.
+    (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
     (r"(?:~|(?<!\\)\\[ ,;:>]|\\q?quad(?![a-z])|\s)+", " "),
     (r"\{([,:])\}", r"\1"),
     (r"^\\approx", ""),

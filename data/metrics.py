@@ -84,7 +84,7 @@ def step_metrics(rollouts: list[Rollout], generated: list[Rollout], tasks: list[
         "zero_variance_suffix": share_of_alike(suffix_groups),
         "flat_groups": mean([is_flat(members) for members in groups]),
         # One continuation of a walk is a reset, too.
-        **reset_metrics(suffix_groups + [[r] for r in generated if r.purpose == "walk"], tasks),
+        **reset_metrics(suffix_groups + [[r] for r in generated if continues_walk(r)], tasks),
         "walk": walk_metrics(generated),
         "tokens": dict(tokens),
         "verifier_calls": sum(rollout.reward is not None for rollout in generated),
@@ -140,19 +140,24 @@ def reset_metrics(continued: list[list[Rollout]], tasks: list[Task]) -> dict:
     }
 
 
+def continues_walk(rollout: Rollout) -> bool:
+    """Whether it is a round of a walk: a method of one's own may use the word for another thing."""
+    return rollout.purpose == "walk" and rollout.seed is not None
+
+
 def walk_metrics(generated: list[Rollout]) -> dict:
     """How the walks of a step ended: how many there were, and after how many rounds, on average.
 
     A walk is a chain of rollouts, each of which continues the one before it; its end is no seed.
     """
-    continued = {id(rollout.seed) for rollout in generated if rollout.purpose == "walk"}
+    continued = {id(rollout.seed) for rollout in generated if continues_walk(rollout)}
     rounds_found, rounds_failed = [], []
     for rollout in generated:
-        if rollout.purpose != "walk" or id(rollout) in continued:
+        if not continues_walk(rollout) or id(rollout) in continued:
             continue
         rounds = 0
         earlier = rollout
-        while earlier.purpose == "walk":
+        while continues_walk(earlier):
             rounds += 1
             earlier = earlier.seed
         ended = rounds_failed if rollout.group is None else rounds_found

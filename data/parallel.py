@@ -224,15 +224,23 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def trained_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor) of every trained parameter, one at a time: all, or those of LoRA
-    adapters. Every process must read all of it."""
+    """(name, whole tensor) of what an engine gets after a step, one at a time.
+
+    All weights, or the trained ones where only adapters are trained. Every process must read all of
+    it.
+    """
+    frozen = False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, whole(parameter)
+        else:
+            frozen = True
+    if not frozen:
+        yield from kept_buffers(model)
 
 
 def whole_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name as in a Hugging Face checkpoint, whole tensor) of every parameter, one at a time.
+    """(name, whole tensor) of what a Hugging Face checkpoint holds, one at a time.
 
     LoRA adapters are merged into the weights that they adapt, in float32: bf16 would round small
     ones away. Every process must read all of it.
@@ -245,6 +253,15 @@ def whole_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
             layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = weight.float() + adapter_delta(layer)
         yield name.replace(".base_layer.", "."), weight
+    yield from kept_buffers(model)
+
+
+def kept_buffers(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that are part of a checkpoint, such as the bias of a router of experts."""
+    names = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in names:
+            yield name, buffer
 
 
 def adapter_delta(layer) -> torch.Tensor:

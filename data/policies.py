@@ -10,6 +10,7 @@ Try it alone:  python -m data.policies    # the prompt of a problem, as the embe
 """
 
 import hashlib
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -309,12 +310,21 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     message = [{"role": "user", "content": text}]
     try:
         return tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=True, return_dict=False
+            message,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            strftime_now=fixed_date,
         )
     except (TemplateError, TypeError, ValueError) as fault:
         raise UserError(
             f"the chat template of the policy fails ({reason_of(fault)}); mend chat_template"
         )
+
+
+def fixed_date(form: str) -> str:
+    """The date for chat templates that write today's: a run must not depend on the day."""
+    return datetime(2024, 7, 26).strftime(form)
 
 
 def encode_turn(tokenizer, text: str) -> list[int]:
@@ -333,7 +343,7 @@ def encode_turn(tokenizer, text: str) -> list[int]:
         {"role": "user", "content": text},
     ]
     written = tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=False
+        conversation, add_generation_prompt=True, tokenize=False, strftime_now=fixed_date
     )
     _, turn = written.split(response, 1)
     return tokenizer(turn, add_special_tokens=False)["input_ids"]

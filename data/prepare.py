@@ -147,7 +147,8 @@ def theoremqa(record: dict) -> dict | None:
     if record["Answer_type"] == "bool":
         return problem(question, "yes" if answer else "no", "yes_no")
     if isinstance(answer, list):
-        answer = ", ".join(str(part) for part in answer)
+        parts = ", ".join(str(part) for part in answer)
+        answer = f"({parts})"  # in brackets, as its order counts
     return problem(question, answer, "math")
 
 
@@ -372,11 +373,12 @@ def download(name: str) -> list[dict]:
     try:
         for config in configs:
             records += datasets.load_dataset(chosen.hub, config, split=chosen.split)
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RuntimeError) as fault:  # RuntimeError: a set with a script
         lines = str(fault).splitlines() or [""]
         raise UserError(
             f"{name}: {chosen.hub} could not be downloaded ({lines[0]}); "
-            "try again, or use --from FILE with a local copy"
+            "try again, or use --from FILE with a local copy; "
+            "a set with a script needs datasets<4"
         )
     return records
 

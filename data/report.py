@@ -81,6 +81,7 @@ ROLLOUT = {
     "step": int,
     "problem": int,
     "question": str,
+    "answer": str,
     "purpose": str,
     "finish": str,
     "prefix_len": int,
@@ -111,6 +112,10 @@ def is_rollout(record) -> bool:
     if not has_types(record, ROLLOUT):
         return False
     H, ends, group = len(record["thoughts"]), record["thought_ends"], record["group"]
+    if not is_list_of(record["thoughts"], str, H):
+        return False
+    if not isinstance(record.get("prompt", ""), str):
+        return False
     if group is not None and not is_list_of(group, int, 2):
         return False
     if not is_list_of(ends, int, H) or [0, *ends] != sorted({0, *ends}):
@@ -350,7 +355,7 @@ def trees_of_step(path: Path, place: Place, config: dict) -> dict:
                 "slot": slot,
                 "problem": record["problem"],
                 "question": record["question"],
-                "answer": str(record["answer"]),
+                "answer": record["answer"],
                 "unshown": {},  # by purpose: how many continuations only measure a prefix
                 "walks": [ids for ids in walks if slots[ids[-1]] == slot],
                 "rollouts": [],

@@ -41,7 +41,7 @@ import torch
 from safetensors import SafetensorError
 
 from data.faults import UserError
-from data.parallel import on_main, processes, rank, whole_weights
+from data.parallel import kept_buffers, on_main, processes, rank, whole_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,11 +194,13 @@ def save_checkpoint(
     with writing(temporary, (*WRITE_FAULTS, CheckpointException)):
         dcp.save(state, checkpoint_id=temporary / "state", no_dist=processes() == 1)
     adapted = any(".lora_" in name for name, _ in model.named_parameters())
+    buffers = dict(kept_buffers(model))
     weights = {}
     for name, weight in whole_weights(model):
         if rank() == 0:
             dtype = weight.dtype
-            if weight.is_cuda and not adapted:  # bf16 could hold no small change by an adapter
+            # bf16 could hold no small change by an adapter
+            if weight.is_cuda and name not in buffers and not adapted:
                 dtype = torch.bfloat16
             weights[name] = weight.to("cpu", dtype)
 
@@ -357,7 +359,10 @@ def check_origin(checkpoint: Path, now: Origin, allow_changes: bool) -> None:
 
 
 def remember(out_dir: Path, settings: dict) -> None:
-    """Brings config.json up to date: settings that this resume changed hold for the next."""
+    """Brings config.json up to date: settings that this resume changed hold for the next.
+
+    Those of --allow_changes: from the next checkpoint on. Until then a resume must allow them, too.
+    """
     saved = read_settings(out_dir)
     if saved | settings != saved:
         write_json(out_dir / "config.json", saved | settings)

@@ -27,6 +27,7 @@ Try it alone:  python -m data.verifiers        # grades good and bad answers of 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from textwrap import dedent
 
 from data import mathematics
 from data.faults import UserError, count, counters
@@ -75,11 +76,24 @@ def last_boxed(response: str) -> str | None:
     return response[start:end].strip()
 
 
+# A block: the tag behind its first fence, then what stands between the fences.
+FENCED = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```", re.S | re.M)
+
+
 def last_program(response: str) -> str | None:
-    """Returns the last closed ``` block of a response, or None. Delimiters are removed first."""
-    text = response.replace(DELIMITER, "")
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", text, re.S)
-    return blocks[-1] if blocks else None
+    """Returns the last closed ``` block of a response that is tagged as Python, or None.
+
+    If no block is, the last one without a tag counts. Delimiters are removed first, and the
+    indentation that all its lines share.
+    """
+    tagged = untagged = None
+    for tag, body in FENCED.findall(response.replace(DELIMITER, "")):
+        if tag.strip().lower() in ("python", "python3", "py"):
+            tagged = body
+        elif not tag.strip():
+            untagged = body
+    found = untagged if tagged is None else tagged
+    return None if found is None else dedent(found)
 
 
 def has_box(response: str) -> bool:
@@ -92,6 +106,8 @@ def has_fence(response: str) -> bool:
 
 # ------------------------------------------------------- grading: (what was found, the reference)
 
+INTEGER = r"[+-]?(\d{1,1000}|\d{1,3}(,\d{3}){1,300})"
+
 
 def grade_integer(boxed: str, answer: str) -> float:
     """Returns 1.0 if both are the same integer.
@@ -99,7 +115,7 @@ def grade_integer(boxed: str, answer: str) -> float:
     A sign and up to 1000 ASCII digits, with or without thousands commas, count as an integer.
     """
     found = tidied(boxed)
-    if not re.fullmatch(r"[+-]?(\d{1,1000}|\d{1,3}(,\d{3}){1,300})", found, re.ASCII):
+    if not re.fullmatch(INTEGER, found, re.ASCII):
         count("not_an_integer")
         return 0.0
     return float(int(found.replace(",", "")) == int(answer.replace(",", "")))
@@ -142,7 +158,7 @@ def grade_math(boxed: str, answer: str, seconds: float = mathematics.SECONDS) ->
 
 
 def grade_choice(boxed: str, answer: str) -> float:
-    r"""Returns 1.0 if the box names the letter of the right choice, and no other one.
+    r"""Returns 1.0 if the box names the letter of the right choice, alone or with its text.
 
     Read as B: `B`, `(b)`, `\text{B}`, `Option B`, and B with its text (`B. bank`, `B bank`,
     `\textbf{(B)}\ 5`). Not read: `A, B`, `A or B`, `(A) (B) (C)`.
@@ -192,8 +208,12 @@ def grade_text(boxed: str, answer: str) -> float:
 
 
 def words(text: str) -> list[str]:
-    """Returns the words and signs of a text in lower case, without an article before them."""
-    found = re.findall(r"[^\W_]+|[^\w\s]", unwrapped(text).casefold().strip("\"'“”"))
+    """Returns the words and signs of a text in lower case, without an article before them.
+
+    H_2 and H_{2} are H2.
+    """
+    text = re.sub(r"_\{?(\d+)\}?", r"\1", unwrapped(text))
+    found = re.findall(r"[^\W_]+|[^\w\s]", text.casefold().strip("\"'“”"))
     return found[1:] if len(found) > 1 and found[0] in ("a", "an", "the") else found
 
 
@@ -234,8 +254,11 @@ def check_form(record: dict, pattern: str, complaint: str) -> str | None:
 
 
 def check_integer(record: dict) -> str | None:
-    complaint = 'is not an integer of at most 1000 digits; use kind "math" for expressions'
-    return check_form(record, r"[+-]?\d[\d,]{0,999}", complaint)
+    complaint = (
+        'is not an integer of at most 1000 digits; use kind "integers" for a list, '
+        '"math" for expressions'
+    )
+    return check_form(record, INTEGER, complaint)
 
 
 def check_integers(record: dict) -> str | None:

@@ -56,6 +56,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.curves import half_interval, pass_at_k
 from data.english import draw, generate_english
 from data.faults import UserError, counters
+from data.lines import check_writable, read_json
 from data.parallel import whole_weights
 from data.policies import (
     add_adapters,
@@ -66,7 +67,7 @@ from data.policies import (
     load_policy,
     longest_sequence,
 )
-from data.verifiers import DELIMITER
+from data.verifiers import DELIMITER, has_box
 from eval import evaluate, on_own_failures
 from localize import by_verifier, localization_prompt
 from loss import backward, weigh
@@ -362,8 +363,8 @@ def reviews_of_failures(args, at: int, sampler: Sampler) -> list[list]:
 
 CARD = """# A warm start for SRPO
 
-{model}, after {format_steps} supervised steps of {rows} solutions and {review_steps} of as many
-reviews and solutions in turn ({reviews} reviews of its own failures), {trained}, AdamW at {lr:g},
+{model}, after {format_steps} supervised steps of {rows} solutions, then {review_steps} steps of
+half reviews and half solutions ({reviews} reviews of its own failures). {trained}, AdamW at {lr:g},
 seed {seed}: `python -m data.warm_start {command}`.
 It solves problems of data/english.py, thought by thought, and names the first wrong thought of its
 failures. Good for trying `srpo.py` on, and for nothing else.
@@ -402,7 +403,7 @@ def write_card(args, command: str, model, tokenizer) -> None:
         review_steps=args.review_steps,
         rows=args.rows,
         reviews=len(read_reviews(args.out / "reviews.jsonl")),
-        trained=f"LoRA adapters of rank {args.lora_rank}" if args.lora_rank else "all weights",
+        trained=f"LoRA adapters of rank {args.lora_rank}" if args.lora_rank else "All weights",
         lr=args.lr,
         seed=args.seed,
         command=command,
@@ -425,8 +426,7 @@ def card_row(args, operations: int, sampler: Sampler) -> str:
     boxed = lucky = 0
     for problem, group in zip(problems, result.groups):
         for rollout in group:
-            if rollout.finish == "answer" or "boxed" in rollout.text:
-                boxed += 1
+            boxed += has_box(rollout.text)
             if rollout.reward == 1:
                 lucky += problem.check_steps(rollout.thoughts(sampler.tokenizer)) is not None
     tokens = result.tokens / rewards.size
@@ -487,16 +487,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def claim(args) -> None:
-    """Writes settings.json; refuses a folder of a run with other settings, or of another model."""
+    """Writes settings.json into --out, before any download.
+
+    Raises UserError for a folder that cannot be written, of another model, or of a run with other
+    settings, save --out, --measure and --save_every, which do not change the policy.
+    """
+    if args.adapters and not args.adapters.is_file():
+        raise UserError(f"--adapters {args.adapters}: there is no such file")
     settings = vars(args) | {"adapters": str(args.adapters or "")}
-    for name in ("out", "measure", "save_every"):  # they do not change the policy
+    for name in ("out", "measure", "save_every"):
         del settings[name]
     path = args.out / "settings.json"
-    args.out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and json.loads(path.read_text()) != settings:
+    check_writable(args.out)
+    if path.exists() and read_json(path) != settings:
         raise UserError(f"{args.out} holds a warm start with other settings; choose another --out")
     if not path.exists() and (args.out / "config.json").exists():
         raise UserError(f"{args.out} holds another model; choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1))
 
 
@@ -505,7 +512,6 @@ def train(args):
     base, tokenizer = base_policy(args.model, args.out)
     check_head(base, args.model)
     check_saving(base, tokenizer, args.model)
-    claim(args)
     sampler = Sampler(args, base, tokenizer)
     model = base
     torch.manual_seed(args.seed)  # of the adapters' first values
@@ -553,15 +559,14 @@ def save_policy(args, model, tokenizer) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    claim(args)
     if args.adapters:
         model, tokenizer = base_policy(args.model, args.out)
         merge_adapters(model, args.adapters)
-        claim(args)
         save_policy(args, model, tokenizer)
         return
     saved = (args.out / "config.json").exists()
     if saved and not (args.out / "review.pt").exists():
-        claim(args)
         model, tokenizer = load_policy(args.out)
     else:
         model, tokenizer = train(args)

@@ -39,6 +39,7 @@ from data.verifiers import DELIMITER
 ROOT = Path(__file__).resolve().parent.parent
 LINES = Path(__file__).with_suffix(".jsonl")
 SAMPLES = 8  # responses of a benchmark to a problem
+END = 10  # steps at each end of a run, for what a run begins and ends with
 
 # -------------------------------------------------------------------------------------------- plan
 
@@ -412,7 +413,7 @@ def result_of(job: Job, run: Run, started_from: str, cpu_seconds: float | None) 
         clean=ends(lines, "localized_clean"),
         right_after_clean=mean_of(lines, "pass_suffix_clean"),
         right_after_erroneous=mean_of(lines, "pass_suffix_erroneous"),
-        walks=[walks_of(lines[:10]), walks_of(lines[-10:])],
+        walks=[walks_of(lines[:END]), walks_of(lines[-END:])],
         **successes_of(job, run.folder / "benchmark"),
     )
 
@@ -459,7 +460,7 @@ def mean_of(lines: list[dict], key: str) -> float | None:
 
 def ends(lines: list[dict], key: str) -> list[float | None]:
     """Means over the first and over the last ten steps."""
-    return [mean_of(lines[:10], key), mean_of(lines[-10:], key)]
+    return [mean_of(lines[:END], key), mean_of(lines[-END:], key)]
 
 
 def walks_of(lines: list[dict]) -> list[int]:

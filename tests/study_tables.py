@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.curves import Interval, interval, markdown, pyplot, renew
+from data.curves import Interval, interval, markdown, pyplot, renew, t_interval
 from data.faults import UserError
 from tests.study import (
     ARMS,
+    END,
     HARD,
     LINES,
     ROOT,
@@ -35,18 +36,6 @@ TARGET = 0.3  # held-out pass rate
 PICTURES = ROOT / "data" / "pictures"
 
 # -------------------------------------------------------------------------------------- statistics
-
-# Quantiles of Student's t for a two-sided 95% interval, by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-def t_interval(values: list[float]) -> Interval:
-    """Mean over seeds and Student's 95% interval; the bounds are nan for one seed."""
-    values = np.array(values, float)
-    if len(values) < 2:
-        return Interval(values.mean(), np.nan, np.nan)
-    half = T95[len(values) - 1] * values.std(ddof=1) / np.sqrt(len(values))
-    return Interval(values.mean(), values.mean() - half, values.mean() + half)
 
 
 @dataclass
@@ -272,8 +261,8 @@ def described(arm: str, mine: list[Result]) -> str:
 
 
 def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
-    """What each arm reaches, beside GRPO, the walk or the first arm; variants of the walk also
-    beside the walk."""
+    """What each arm reaches, beside GRPO, the walk or the first arm; variants of the walk, and
+    corrections, also beside the walk."""
     rows = []
     usual = next((arm for arm in ("grpo", "walk") if arm in named), list(named)[0])
     beside_walk = usual == "grpo" and any(ARMS[arm].rate_of == "walk" for arm in named)
@@ -289,7 +278,8 @@ def outcome_rows(named: dict[str, list[Result]]) -> list[dict]:
         others = [] if arm == usual else named[usual]
         row |= comparison(Pair(mine, others), usual)
         if beside_walk:
-            others = named.get("walk", []) if ARMS[arm].rate_of == "walk" else []
+            like_it = ARMS[arm].rate_of == "walk" or arm == "corrections"
+            others = named.get("walk", []) if like_it else []
             row["minus walk's"] = str(Pair(mine, others).difference())
         rows.append(row)
     return rows
@@ -316,6 +306,8 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
     for arm, mine in named.items():
         cpu = [r.cpu_seconds for r in mine if r.cpu_seconds is not None]
         walks = np.sum([r.walks for r in mine], axis=0)  # [2 ends, found and failed]
+        if mine[0].steps <= END:
+            walks = walks[:1]
         rows.append(
             {
                 "arm": arm,
@@ -323,10 +315,10 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
                 "M trained": f"{np.mean([r.trained_tokens for r in mine]) / 1e6:.2f}",
                 "verifier calls": f"{np.mean([r.verifier_calls for r in mine]):,.0f}",
                 "CPU s": f"{np.mean(cpu):.0f}" if cpu else "",
-                "flat groups": both_ends([r.flat_groups for r in mine]),
-                "entropy, nats": both_ends([r.entropy for r in mine]),
-                "exact h*": both_ends([r.exact for r in mine]),
-                "clean prefix": both_ends([r.clean for r in mine]),
+                "flat groups": both_ends(mine, "flat_groups"),
+                "entropy, nats": both_ends(mine, "entropy"),
+                "exact h*": both_ends(mine, "exact"),
+                "clean prefix": both_ends(mine, "clean"),
                 "walks that found": ", then ".join(share_found(end) for end in walks if end.sum()),
             }
         )
@@ -373,13 +365,14 @@ def mean_of_known(values: list[float | None]) -> str:
     return f"{np.mean(known):.3f}" if known else ""
 
 
-def both_ends(values: list[list[float | None]]) -> str:
-    """`0.72 to 0.09`: means over seeds of the first and of the last ten steps."""
-    known = [pair for pair in values if None not in pair]
+def both_ends(mine: list[Result], name: str) -> str:
+    """`0.72 to 0.09`: means over seeds of the first and of the last ten steps; `0.72`: of all steps
+    of runs that are no longer."""
+    known = [getattr(result, name) for result in mine if None not in getattr(result, name)]
     if not known:
         return ""
     first, last = np.mean(known, axis=0)
-    return f"{first:.2f} to {last:.2f}"
+    return f"{first:.2f}" if mine[0].steps <= END else f"{first:.2f} to {last:.2f}"
 
 
 def share_found(end: np.ndarray) -> str:
@@ -447,6 +440,7 @@ CLAIMS = [
     ),
     Claim("... above iterated corrections there", "walk", "corrections", HARD, "equal tokens"),
     Claim("... needs fewer tokens than they (times)", "walk", "corrections", HARD, "tokens", low=1),
+    Claim("... ends above them", "walk", "corrections", HARD),
     Claim("walk latest needs fewer tokens (times)", "walk latest", "walk", IDEAS, "tokens", low=1),
     Claim("walk warm needs fewer tokens (times)", "walk warm", "walk", IDEAS, "tokens", low=1),
     Claim("walk base 2 needs fewer tokens (times)", "walk base 2", "walk", IDEAS, "tokens", low=1),

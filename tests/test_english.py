@@ -5,6 +5,7 @@ The second half runs data/warm_start.py and `srpo.py` on a tiny model that write
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,7 @@ FIRST_WRONG = [
     pytest.param(["<|im_end|>"], 1, id="only the end of text"),
     pytest.param([""], 1, id="empty"),
     pytest.param([r"I say \boxed{36}"], None, id="nothing wrong is said"),
+    pytest.param([r"I say \boxed{\text{36}.}"], None, id="a box in the grader's wider form"),
 ]
 
 
@@ -472,6 +474,23 @@ def test_warm_start_resumes_exactly_and_can_be_trained(folder, tmp_path):
     step = json.loads(lines[1])
     assert step["localized_exact"] is not None
     assert step["tokens"]["localization"] > 0
+
+
+def test_a_warm_start_is_refused_before_its_download(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (tmp_path / "file").write_text("")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "settings.json").write_text("{")
+    for out, flags, complaint in (
+        (other, [], "holds another model"),
+        (tmp_path / "file" / "out", [], "cannot write"),
+        (damaged, [], "settings.json: not JSON"),
+        (tmp_path / "new", ["--adapters", str(tmp_path / "none")], "there is no such file"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            warm.main(["--model", str(tmp_path / "no model"), "--out", str(out), *flags])
 
 
 def test_the_kept_adapters_are_of_smollm2():

@@ -80,6 +80,12 @@ def test_curves_table_and_picture(tmp_path, capsys):
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
+def test_a_run_that_starts_at_the_target_has_reached_it(tmp_path):
+    run = curves.read_run(make_run(tmp_path / "s0", 0, (0.6, 0.4, 0.8)))
+    assert curves.first_reach(run.lines, 0.5, "step") == 0
+    assert curves.first_reach(run.lines, 0.7, "step") == pytest.approx(17.5)
+
+
 def test_a_curve_has_the_steps_that_all_runs_have(tmp_path):
     """A run that was stopped and resumed has an evaluation of its own."""
     runs = [make_run(tmp_path / "s0", 0, (0.0, 0.4, 0.8)), make_run(tmp_path / "s1", 1, (0.0, 0.6))]

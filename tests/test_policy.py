@@ -160,4 +160,4 @@ def test_the_card_has_its_figures():
     assert min(figures["localization_exact"]) >= 0.6
     assert sum(figures["wrong"]) >= 6000
     assert sum(figures["lucky"]) == 0
-    assert "95% upper bound" in card
+    assert "Wilson's 95% interval" in card

@@ -174,6 +174,7 @@ GOOD_LINE = '{"question": "1+1", "answer": "2", "kind": "integer"}\n'
         (record(f'"{"9" * 5_000}"'), "line 1: answer '9999"),
         (record(f'"1 {"9" * 5_000}"', "integers"), "line 1: answer '1 999"),
         (record("27.0"), "line 1: answer '27.0' is not an integer"),
+        (record('"3,4"'), "line 1: answer '3,4' is not an integer"),
         (record("1e999", "math"), "line 1: answer inf is neither a text nor a finite number"),
         (record("NaN", "math"), "line 1: answer nan is neither a text nor a finite number"),
         (record('["7"]', "math"), "line 1: answer ['7'] is neither a text nor a finite number"),

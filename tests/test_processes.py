@@ -1,6 +1,7 @@
 """Several processes: a real torchrun of two on the CPU is the run of one process; checkpoints go
 from one to the other; a death ends it."""
 
+import copy
 import json
 import os
 import re
@@ -20,10 +21,10 @@ from test_run import lines_of
 import srpo
 from conftest import IDEA, POLICY, ROOT, settings
 from data.driver import run_programs
-from data.parallel import whole, whole_weights
+from data.parallel import trained_weights, whole, whole_weights
 from data.policies import add_adapters, load_policy
 from loss import backward, set_advantages, weigh
-from rollout import grpo
+from rollout import HFEngine, grpo
 
 TORCHRUN = [
     str(Path(sys.executable).parent / "torchrun"),
@@ -273,6 +274,17 @@ def test_bf16_shards_on_float32_masters(policy):
         for name, p in model.named_parameters():
             assert (whole(p.grad) - exact[name]).norm() < 0.15 * exact[name].norm(), name
         assert dict(whole_weights(model)).keys() == exact.keys()
+
+
+def test_buffers_of_a_checkpoint_reach_the_sampler_and_the_checkpoint(policy):
+    """Such as the bias of a router of experts; not those that a model computes, as of positions."""
+    model = copy.deepcopy(policy.model)
+    model.register_buffer("bias", torch.tensor([1.0]))
+    engine = HFEngine(model, policy.tokenizer, 512, torch.device("cpu"))
+    model.bias += 1
+    engine.sync(trained_weights(model))
+    assert engine.model.bias == 2 and dict(whole_weights(model))["bias"] == 2
+    assert dict(trained_weights(model)).keys() == model.state_dict().keys()
 
 
 def test_the_model_that_is_trained_is_the_one_that_was_loaded(policy):

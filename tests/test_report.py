@@ -427,6 +427,11 @@ def test_what_cannot_be_reported(runs, tmp_path):
     (damaged / "rollouts.jsonl").write_text("{broken\n")
     with pytest.raises(UserError, match="line 1: not JSON"):
         report(tmp_path / "bad.html", damaged)
+    first, *_ = (runs["grpo"].folder / "rollouts.jsonl").read_text().splitlines()
+    for damage in ({"answer": None}, {"thoughts": [1] * len(json.loads(first)["thoughts"])}):
+        (damaged / "rollouts.jsonl").write_text(json.dumps(json.loads(first) | damage) + "\n")
+        with pytest.raises(UserError, match="line 1: "):
+            report(tmp_path / "bad.html", damaged)
 
 
 @pytest.mark.parametrize("part", [0.8, 0.4, 0.15, 0.0])

@@ -16,8 +16,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -491,6 +494,55 @@ def test_greedy_equals_transformers_generate(policy):
         prompt = torch.tensor([task.prompt_ids])
         out = policy.model.generate(prompt, do_sample=False, max_new_tokens=len(ours.token_ids))
         assert out[0, len(task.prompt_ids) :].tolist() == ours.token_ids
+
+
+TINY = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+)
+CONVOLUTIONS = Lfm2Config(num_hidden_layers=3, full_attn_idxs=[1], **TINY)
+STATE_SPACES = FalconH1Config(
+    num_hidden_layers=2,
+    head_dim=12,
+    mamba_d_ssm=32,
+    mamba_n_heads=4,
+    mamba_d_head=8,
+    mamba_n_groups=1,
+    mamba_d_state=8,
+    **TINY,
+)
+
+
+@pytest.mark.parametrize("config", [CONVOLUTIONS, STATE_SPACES])
+def test_models_whose_layers_keep_more_than_keys_and_values(policy, config):
+    """Greedy equals `generate` where contexts differ in length and rows leave the batch, and
+    log-probs are the trainer's."""
+    config = copy.deepcopy(config)
+    config.update({"vocab_size": policy.model.config.vocab_size, "tie_word_embeddings": True})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    engine = HFEngine(model, policy.tokenizer)
+    limits = dict(max_thoughts=2, max_tokens_per_thought=8)
+    for temperature in (0.0, 1.0):
+        tasks = policy.tasks(3, 4, temperature=temperature, **limits)
+        tasks += policy.tasks(9, 4, temperature=temperature, **limits)
+        groups = engine.sample([task.request("base", 2) for task in tasks])
+        lengths = {len(rollout.token_ids) for rollout in list_all(groups)}
+        if temperature:
+            assert len(lengths) > 1
+            logps, sampled = trainer_logps(model, list_all(groups))
+            assert (logps - sampled).abs().max() < 1e-4
+            continue
+        for task, group in zip(tasks, groups):
+            prompt = torch.tensor([task.prompt_ids])
+            asked = dict(do_sample=False, max_new_tokens=len(group[0].token_ids))
+            out = model.generate(prompt, eos_token_id=None, pad_token_id=0, **asked)
+            for rollout in group:
+                assert out[0, len(task.prompt_ids) :].tolist() == rollout.token_ids
 
 
 def draw_evenly(logits, temperature, top_p):

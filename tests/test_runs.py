@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_run import files_of, lines_of, refused, run_here
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import srpo
 from conftest import POLICY, ROOT
 from data import parallel, policies, runs
 from data.faults import UserError
@@ -356,6 +357,51 @@ def test_a_full_disk_at_a_save(capsys, run):
     assert steps_of(run) == [0, 1, 2, 3]
 
 
+def test_a_checkpoint_before_the_first_update_changes_nothing(tmp_path):
+    """torch would count a step of zeros, and the first real one would be a quarter smaller."""
+    weights = []
+    for saved in (False, True):
+        model = torch.nn.Linear(3, 2)
+        torch.nn.init.ones_(model.weight)
+        optimizer = srpo.new_optimizer(list(model.parameters()), srpo.Config(lr=0.1))
+        if saved:
+            runs.training_state(model, optimizer)
+        model(torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        optimizer.step()
+        weights.append(model.weight.detach())
+    usual = torch.nn.Linear(3, 2)
+    torch.nn.init.ones_(usual.weight)
+    optimizer = torch.optim.AdamW(usual.parameters(), lr=0.1, weight_decay=0.01)
+    usual(torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    optimizer.step()
+    assert torch.equal(*weights) and torch.equal(weights[0], usual.weight.detach())
+
+
+def test_parameters_without_a_gradient_are_resumed(tmp_path):
+    """A language model may have a vision tower that no text reaches."""
+
+    def training():
+        model = torch.nn.ModuleDict(
+            {"used": torch.nn.Linear(2, 2), "unused": torch.nn.Linear(2, 2)}
+        )
+        model.save_pretrained = lambda *_, **__: None
+        return model, srpo.new_optimizer(list(model.parameters()), srpo.Config(lr=0.1))
+
+    (tmp_path / "checkpoints").mkdir()
+    model, optimizer = training()
+    model["used"](torch.ones(2)).sum().backward()
+    optimizer.step()
+    tokenizer = SimpleNamespace(save_pretrained=lambda *_: None)
+    parts = model, tokenizer, optimizer
+    runs.save_checkpoint(tmp_path, runs.Progress(step=1), runs.Origin({}, {}), *parts)
+    again, its_optimizer = training()
+    runs.load_checkpoint(tmp_path / "checkpoints" / "step_1", again, its_optimizer)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+    steps = [its_optimizer.state[p]["step"].item() for p in again.parameters()]
+    assert steps == [1, 1, 0, 0]
+
+
 def test_a_directory_that_is_gone(run):
     shutil.rmtree(run)
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl"):
@@ -518,6 +564,15 @@ def test_a_chat_template_that_raises(policy, monkeypatch):
         monkeypatch.setattr(policy.tokenizer, "chat_template", template)
         with pytest.raises(UserError, match="the chat template of the policy fails"):
             policies.encode_prompt(policy.tokenizer, "1 + 1?")
+
+
+def test_a_prompt_does_not_depend_on_the_day(policy, monkeypatch):
+    """Llama 3.2's template, for one, writes the date."""
+    template = "{% for m in messages %}{{ m.content }} {{ strftime_now('%d') }} {% endfor %}"
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    the_day = policy.tokenizer("26")["input_ids"]
+    assert policies.encode_prompt(policy.tokenizer, "1")[-len(the_day) :] == the_day
+    assert policies.encode_turn(policy.tokenizer, "1")[-len(the_day) :] == the_day
 
 
 def test_a_gradient_that_is_not_finite(capsys, run, monkeypatch):

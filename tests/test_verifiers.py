@@ -80,6 +80,7 @@ from data.verifiers import KINDS, check_machine
                 "2 h2 + o2 = 2 h2o.",
                 "2 H2  +  O2 = 2 H2O (balanced)",
                 r"\text{2 H2 + O2 = 2 H2O}",
+                r"2 H_2 + O_{2} = 2 H_2O",
             ],
             [
                 "",
@@ -98,6 +99,12 @@ from data.verifiers import KINDS, check_machine
         ),
         ("math", "(3, -2)", ["(3,-2)", r"\left(3, -2\right)"], ["(-2, 3)", "3", "(3, 2)"]),
         ("integer", "72", ["72", "+72", "072"], ["73", "72.0", "7 2", "seventy-two"]),
+        (
+            "integer",
+            "10000",
+            ["10,000", r"10\,000", "10{,}000"],
+            [r"10\,00", r"10\,0000", "1,0000"],
+        ),
         (
             "integers",
             "48 -50 42",
@@ -126,6 +133,11 @@ DOUBLE = {"stdin": [["2", "4"], ["3", "6"]]}
         ("```py\nprint(4)\n```</thought>", 0.5),
         ("```python\nprint(4)\n```\nbetter:\n```python\nprint(2 * int(input()))\n```", 1),
         ("```\nprint(2 * int(input()))\n```", 1),
+        ("Sample:\n```text\n3\n```\nSo:\n```python\nprint(2 * int(input()))\n```", 1),
+        ("```python3\r\nprint(2 * int(input()))\r\n```", 1),
+        ("1. so\n   ```Python\n   print(2 * int(input()))\n   ```", 1),
+        ("```python\nprint(2 * int(input()))\n```\nOutput:\n```\n4\n```", 1),
+        ('```python\nfence = "```"\nprint(2 * int(input()))\n```', 1),
         ("print(2 * int(input()))", 0),
         ("```python\nprint(2 * int(input()))", 0),
         ("```python\n```", 0),
@@ -256,7 +268,7 @@ RECORDS = [
     (
         "theoremqa",
         {"Question": "q", "Answer": "[0.5, 2]", "Answer_type": "list of float"},
-        "0.5, 2",
+        "(0.5, 2)",
         "math",
     ),
     (
