@@ -209,10 +209,7 @@ def command_benchmark(args) -> None:
         content = {"settings": settings, "results": results}
         write_text(out / "results.json", json.dumps(content, indent=1))
         print(benchmark_table(results, args.samples))
-        print(
-            "± is half a 95% interval over problems, 0 where all are alike: that says nothing; "
-            "tokens and seconds are per problem"
-        )
+        print("± is half a 95% interval over problems (0: unknown); tokens, seconds: per problem")
         print(f"{out}/results.json, and every response in {out}/SET.jsonl")
 
 
