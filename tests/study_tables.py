@@ -10,6 +10,7 @@ Try it alone:  python -m tests.study_tables
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -312,6 +313,7 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
             {
                 "arm": arm,
                 "M generated": f"{np.mean([sum(r.tokens.values()) for r in mine]) / 1e6:.2f}",
+                "by purpose": by_purpose(mine),
                 "M trained": f"{np.mean([r.trained_tokens for r in mine]) / 1e6:.2f}",
                 "verifier calls": f"{np.mean([r.verifier_calls for r in mine]):,.0f}",
                 "CPU s": f"{np.mean(cpu):.0f}" if cpu else "",
@@ -319,6 +321,7 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
                 "entropy, nats": both_ends(mine, "entropy"),
                 "exact h*": both_ends(mine, "exact"),
                 "clean prefix": both_ends(mine, "clean"),
+                "right after clean, erroneous": after_prefixes(mine),
                 "walks that found": ", then ".join(share_found(end) for end in walks if end.sum()),
             }
         )
@@ -360,9 +363,26 @@ def share_of(part: int, whole: int) -> str:
     return f"{part / whole:.3f}" if whole else ""
 
 
-def mean_of_known(values: list[float | None]) -> str:
+def mean_of_known(values: list[float | None], digits: int = 3) -> str:
     known = [value for value in values if value is not None]
-    return f"{np.mean(known):.3f}" if known else ""
+    return f"{np.mean(known):.{digits}f}" if known else ""
+
+
+def by_purpose(mine: list[Result]) -> str:
+    """Shares of generated tokens, where there is more than one purpose."""
+    sums = Counter()
+    for result in mine:
+        sums.update(result.tokens)
+    whole = sum(sums.values())
+    shares = [f"{purpose} {n / whole:.2f}" for purpose, n in sums.items() if n]
+    return ", ".join(shares) if len(shares) > 1 else ""
+
+
+def after_prefixes(mine: list[Result]) -> str:
+    """Mean rewards of what continues a clean prefix, and an erroneous one."""
+    clean = mean_of_known([result.right_after_clean for result in mine], 2)
+    erroneous = mean_of_known([result.right_after_erroneous for result in mine], 2)
+    return f"{clean or '-'}, {erroneous or '-'}" if clean or erroneous else ""
 
 
 def both_ends(mine: list[Result], name: str) -> str:
