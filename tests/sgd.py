@@ -26,7 +26,7 @@ class FixedLength(torch.optim.SGD):
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         for gradient in gradients:
-            gradient /= norm.clamp(min=1e-12)  # a checkpoint makes its state by a step of zeros
+            gradient /= norm.clamp(min=1e-12)
         super().step()
 
 

@@ -14,10 +14,12 @@ from localize import (
     by_oracle,
     by_random,
     by_self,
+    first_drop,
     localization_prompt,
     named_in,
     parse_localization,
     prefix_values,
+    reviewed,
 )
 from rollout import Rollout, Task, grouped, resets
 
@@ -132,16 +134,35 @@ def drive(localizer, texts=()):
 @pytest.mark.parametrize("fallback", ["random", "first", "skip"])
 def test_every_fallback_is_counted(policy, fault, text, fallback):
     (task,) = policy.tasks(4, 1, localize_fallback=fallback)
-    seed = rollout_of([1, 2, 3, 4, 5])
-    ((h, how),) = drive(by_self(task, [seed]), [text])
-    assert how == fault
-    assert counters[f"localize_{fault}"] == 1
-    if fallback == "random":
-        assert h in range(1, 6)
-    elif fallback == "first":
-        assert h == 1
-    else:
-        assert h is None
+    seeds = [rollout_of([1, 2, 3, 4, 5])] * 100
+    found = drive(by_self(task, seeds), [text] * 100)
+    assert {how for _, how in found} == {fault}
+    assert counters[f"localize_{fault}"] == 100
+    expected = {"random": {1, 2, 3, 4, 5}, "first": {1}, "skip": {None}}
+    assert {h for h, _ in found} == expected[fallback]
+
+
+def test_a_review_that_does_not_fit_is_counted_and_others_keep_theirs(policy):
+    (task,) = policy.tasks(4, 1)
+    long, short = rollout_of([1, 2, 3, 4]), rollout_of([1, 2])
+    task.context = len(localization_prompt(task, long))  # no room for an answer
+    reviews = drive(reviewed(task, [long, short]), [r"\boxed{2}"])
+    assert [(review.h, review.how) for review in reviews] == [(None, "too_long"), (2, "self")]
+    assert reviews[0].answer is None and counters == {"localize_too_long": 1}
+
+
+def test_a_review_is_asked_at_its_own_settings(policy):
+    (task,) = policy.tasks(4, 1, temperature=0.7, top_p=0.9, localize_tokens=5)
+    request = task.ask("review", task.prompt_ids)
+    assert (request.n, request.temperature, request.top_p, request.max_tokens) == (1, 0.3, 1.0, 5)
+    assert request.max_thoughts is None and request.grade is None
+
+
+def test_the_largest_drop_where_none_is_below_tau():
+    assert first_drop([0.5, 0.45, 0.35, 0.30], tau=0.2) == 2
+    assert counters == {"oracle_none_below_tau": 1}
+    assert first_drop([0.5, 0.45, 0.15, 0.0], tau=0.2) == 2
+    assert counters == {"oracle_none_below_tau": 1}
 
 
 def test_an_answer_that_is_cut_off_names_no_step():

@@ -21,8 +21,9 @@ import loss
 from conftest import Enumerable, settings
 from data.contexts import can_share, hidden_of_shared_contexts
 from data.driver import run_programs
-from data.metrics import Update, step_metrics, update_metrics
+from data.metrics import Update, step_metrics, sums_of, update_metrics
 from loss import (
+    Scored,
     Tokens,
     Weighted,
     backward,
@@ -837,6 +838,21 @@ def test_clipped_surrogate():
     surrogate(logps, tokens, clip=0.2).backward()
     ratio = (logps - tokens.old_logps).exp().detach()
     assert torch.allclose(logps.grad, torch.tensor([-1.0, 0.0, ratio[2], 0.0, -ratio[4]]))
+
+
+def test_gaps_are_absolute_and_apart():
+    """Of sampled tokens, of a kept prefix; off-policy tokens have none."""
+    tokens = Tokens(
+        ids=torch.zeros(4),
+        weights=torch.zeros(4),
+        old_logps=torch.full((4,), -1.0),
+        in_prefix=torch.tensor([False, False, True, False]),
+        off_policy=torch.tensor([False, False, False, True]),
+    )
+    logps = tokens.old_logps + torch.tensor([0.5, -0.25, -0.75, 9.0])
+    sums = sums_of(Scored(logps, torch.zeros(4), torch.tensor(0.0), torch.zeros(4, 1)), tokens)
+    assert (sums.gap, sums.gap_prefix, sums.gap_max) == (0.75, 0.75, 0.75)
+    assert (sums.tokens, sums.prefix_tokens, sums.off_policy_tokens) == (4, 1, 1)
 
 
 def test_entropy_and_gap_are_reported(policy, step):

@@ -448,7 +448,7 @@ def test_two_steps_of_a_run(method, purpose, flags, tmp_path):
 
 @pytest.mark.parametrize("method", ["critique_grpo", "score_stage2"])
 def test_a_step_with_a_model_that_can_chat(method, folder, tmp_path):  # noqa: F811
-    """The untrained model earns nothing: the run says that no group has variance, and goes on."""
+    """The untrained model earns nothing: no group has variance, and no update is made."""
     data = "--steps 1 --train_data english-1-2 --eval_data english-1-2 --base 2"
     short = "--max_thoughts 2 --max_tokens_per_thought 5 --localize_tokens 9"
     run(method, tmp_path, "--model", str(folder), *data.split(), *short.split())

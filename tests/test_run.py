@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -315,7 +315,7 @@ def test_kill_and_resume_equals_uninterrupted(tmp_path, uninterrupted):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not (out / "checkpoints" / "step_2").exists():
+    while not list(out.glob("checkpoints/step_[2-9]")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -765,7 +765,17 @@ def test_step_line_knows_clean_and_erroneous_prefixes(policy, tmp_path):
     exact = np.mean([offset == 0 for offset in offsets])
     clean = np.mean([offset <= 0 for offset in offsets])
 
-    line = step_metrics(rollouts, [], tasks)
+    review = replace(rollouts[0], purpose="localization", reward=None)
+    line = step_metrics(rollouts, [*rollouts, review], tasks)
+    assert line["verifier_calls"] == len(rollouts)
+    assert line["pass_suffix"] == pytest.approx(np.mean([r.reward for r in rollouts]))
+    assert line["zero_variance_suffix"] == pytest.approx(1 - exact)
+    depths = [r.reset / len(r.thought_ends) for r in rollouts]
+    assert line["reset_depth"] == pytest.approx(np.mean(depths))
+    lengths = [len(r.token_ids) for r in rollouts]
+    assert line["response_tokens"] == pytest.approx(np.mean(lengths))
+    masked = sum(r.prefix_len for r in rollouts)
+    assert 0 < line["masked_share"] == pytest.approx(masked / sum(lengths))
     assert line["localized_exact"] == pytest.approx(exact)
     assert line["localized_clean"] == pytest.approx(clean)
     assert line["pass_suffix_clean"] == pytest.approx(np.mean(clean_rewards))

@@ -346,13 +346,17 @@ def test_a_full_disk_at_the_start(tmp_path):
 
 def test_a_full_disk_at_a_save(capsys, run):
     """A clear line, the old checkpoints are whole, and the run goes on when there is room again."""
-    before = {path.name for path in (run / "checkpoints").iterdir()}
+    before = sorted((run / "checkpoints").iterdir())
+    assert [path.name for path in before] == ["step_1", "step_2"]
     for size in (10**6, 10**5):  # the optimizer's state does not fit; nor do the weights
         with full_disk(size):
             line = refused(capsys, "--resume", run, "--steps", "3")
         assert "cannot write" in line and "what was saved before is whole" in line
-    for name in before:
-        assert runs.newest_checkpoint(run).name == "step_2", name
+    for checkpoint in before:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        assert manifest.keys() > {"model.safetensors", "trainer.json"}
+        for file, sha in manifest.items():
+            assert runs.digest(checkpoint / file) == sha
     run_here("--resume", run, "--steps", "3")
     assert steps_of(run) == [0, 1, 2, 3]
 

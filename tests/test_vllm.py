@@ -120,8 +120,7 @@ def test_samples_are_a_function_of_the_request(policy, vllm):
 
 
 def test_samples_the_policys_distribution(policy, vllm):
-    """The first answers of both engines come with the same frequencies: pass rates agree within
-    their noise."""
+    """The pass rates of both engines agree within their noise."""
     rates = []
     for engine in (policy.engine, vllm):
         tasks = policy.tasks(2, 150, base=4)
