@@ -486,11 +486,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def claim(args) -> None:
-    """Writes settings.json into --out, before any download.
+def check_out(args) -> dict:
+    """The settings that fix the policy: all but --out, --measure and --save_every.
 
-    Raises UserError for a folder that cannot be written, of another model, or of a run with other
-    settings, save --out, --measure and --save_every, which do not change the policy.
+    Raises UserError for an --out that cannot be written, that holds another model, or a warm start
+    with other settings, and for --adapters that are not there.
     """
     if args.adapters and not args.adapters.is_file():
         raise UserError(f"--adapters {args.adapters}: there is no such file")
@@ -503,8 +503,14 @@ def claim(args) -> None:
         raise UserError(f"{args.out} holds a warm start with other settings; choose another --out")
     if not path.exists() and (args.out / "config.json").exists():
         raise UserError(f"{args.out} holds another model; choose another --out")
+    return settings
+
+
+def claim(args) -> None:
+    """Writes settings.json. Not before the model is loaded: a mended command could be refused."""
+    settings = check_out(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1))
+    (args.out / "settings.json").write_text(json.dumps(settings, indent=1))
 
 
 def train(args):
@@ -512,6 +518,7 @@ def train(args):
     base, tokenizer = base_policy(args.model, args.out)
     check_head(base, args.model)
     check_saving(base, tokenizer, args.model)
+    claim(args)
     sampler = Sampler(args, base, tokenizer)
     model = base
     torch.manual_seed(args.seed)  # of the adapters' first values
@@ -559,10 +566,11 @@ def save_policy(args, model, tokenizer) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    claim(args)
+    check_out(args)  # before any download
     if args.adapters:
         model, tokenizer = base_policy(args.model, args.out)
         merge_adapters(model, args.adapters)
+        claim(args)
         save_policy(args, model, tokenizer)
         return
     saved = (args.out / "config.json").exists()
