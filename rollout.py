@@ -541,8 +541,9 @@ class HFEngine(Engine):
     and finished rows leave the batch.
 
     In a float32 run of one CPU process it holds the trainer's own model, and `sync` has nothing to
-    copy. Else it holds a copy on `device`, of type `dtype`. Randomness
-    is keyed: token t of row i of a request uses uniform number t of the generator keyed
+    copy. Else it holds a copy on `device`, of type `dtype`.
+
+    Randomness is keyed: token t of row i of a request uses uniform number t of the generator keyed
     (rng_key, i), so a response does not depend on what else is in the batch, nor on the number of
     processes, up to rounding.
     """
