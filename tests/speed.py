@@ -518,7 +518,7 @@ def take_turns(contenders: list[Callable], repeats: int) -> dict[str, list[Cost]
 
 
 HEADER = """\
-| what | who | CPU s | CPU ms a token | time, of the first line | of the matrix rate |
+| what | who | CPU s | CPU ms a token | a token, of the first line | of the matrix rate |
 |---|---|---|---|---|---|"""
 
 
