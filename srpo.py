@@ -150,7 +150,9 @@ class DataSettings:
 class SamplingSettings:
     _argument_group_name: ClassVar[str] = "sampling"
     engine: Literal["auto", "hf", "vllm"] = setting(
-        "auto", "what samples: hf is transformers; auto is vllm where it works, else hf"
+        "auto",
+        "what samples: hf is transformers; auto is vllm where it works, else hf, and "
+        "--resume keeps what it found (another one: with --allow_changes true)",
     )
     engine_memory: Share = setting(0.5, "share of a GPU's memory that vLLM takes")
     tp: Positive = setting(1, "processes that share one vLLM, for models that do not fit one GPU")

@@ -100,15 +100,15 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_over_seeds(values: np.ndarray) -> float:
+def mean_of_rows(values: np.ndarray) -> float:
     return values.mean(0)
 
 
-def interval(values, statistic=mean_over_seeds, resamples: int = 4000) -> Interval:
-    """A statistic of `values` [seeds, ...] with its 95% bootstrap interval over seeds.
+def interval(values, statistic=mean_of_rows, resamples: int = 4000) -> Interval:
+    """A statistic of `values` [rows, ...] with its 95% bootstrap interval over rows.
 
-    Put everything that is paired by seed into one row. With one seed the bounds are nan: it says
-    nothing about other seeds."""
+    A row is a problem, or a seed. Put everything that is paired by it into one row. With one row
+    the bounds are nan: it says nothing about others."""
     values = np.asarray(values, float)
     n = len(values)
     if n == 1:
@@ -331,7 +331,8 @@ def draw_mean(panels: dict, name: str, members: list[Run], color: str) -> None:
         x = np.mean([column(one, axis) for one in points], axis=0) / AXES[axis][1]
         panel.plot(x, rates.value, color=color, label=label, marker="o", markersize=3)
         if several:
-            panel.fill_between(x, rates.low, rates.high, color=color, alpha=0.15, linewidth=0)
+            low, high = np.clip(rates.low, 0, 1), np.clip(rates.high, 0, 1)
+            panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def draw_training_rates(panels: dict, run: Run) -> None:

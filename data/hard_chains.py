@@ -116,10 +116,12 @@ def demo(steps: int, below: float) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:] or ["12", "4e-4"]
-    if len(arguments) != 2:
-        sys.exit("usage: python -m data.hard_chains STEPS BELOW")
     try:
-        demo(int(arguments[0]), float(arguments[1]))
+        steps, below = sys.argv[1:] or ("12", "4e-4")
+        steps, below = int(steps), float(below)
+    except ValueError:
+        sys.exit("usage: python -m data.hard_chains STEPS BELOW, two numbers: 12 4e-4")
+    try:
+        demo(steps, below)
     except UserError as fault:
         sys.exit(f"hard_chains.py: {fault}")

@@ -72,10 +72,12 @@ def sample_labelled(records: list[dict], n: int | None, seed: int) -> list[dict]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m data.labelled FILE N")
-    source, n = sys.argv[1:]
     try:
-        print([record["label"] for record in sample_labelled(load_labelled(source), int(n), 0)])
+        source, n = sys.argv[1:]
+        n = int(n)
+    except ValueError:
+        sys.exit("usage: python -m data.labelled FILE N, where N is a number")
+    try:
+        print([record["label"] for record in sample_labelled(load_labelled(source), n, 0)])
     except UserError as fault:
         sys.exit(f"labelled.py: {fault}")

@@ -13,7 +13,8 @@ trainer. They end when the process that started them is gone, or else at their l
 Limits, of the library and of these steps:
   - A list without brackets has no order, unless it has an item twice: `2, 3` equals `3, 2`. Where
     the order matters, write the reference as `(2, 3)`.
-  - `(1, 2)` is the pair and also the open interval.
+  - `(1, 2)` is the pair and also the open interval, `[1, 2]` only the closed one. Longer lists may
+    stand in either brackets.
   - A decimal equals a number with the same six decimals: 1/3 equals 0.333333. Of numbers below 0.1
     six significant digits count.
   - Units are compared, not converted: `3 cm` is not `30 mm`. A unit that is not in UNITS counts for

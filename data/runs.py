@@ -361,7 +361,8 @@ def check_origin(checkpoint: Path, now: Origin, allow_changes: bool) -> None:
 def remember(out_dir: Path, settings: dict) -> None:
     """Brings config.json up to date: settings that this resume changed hold for the next.
 
-    Those of --allow_changes: from the next checkpoint on. Until then a resume must allow them, too.
+    Those of --allow_changes that a checkpoint holds, too: from the next checkpoint on. Until then a
+    resume must allow them again.
     """
     saved = read_settings(out_dir)
     if saved | settings != saved:

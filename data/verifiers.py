@@ -76,21 +76,46 @@ def last_boxed(response: str) -> str | None:
     return response[start:end].strip()
 
 
-# A block: the tag behind its first fence, then what stands between the fences.
-FENCED = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```", re.S | re.M)
+PYTHON = ("python", "python3", "py")
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Returns the closed ``` blocks of a text, in order: the tag of each, and what stands in it.
+
+    A block begins behind a ``` that at most a tag follows on its line. It ends with the next ``` at
+    the beginning or at the end of a line. If `python` follows that one, the next block begins.
+    """
+    blocks = []
+    tag, body = None, []  # of the open block; None: there is none
+    for line in text.split("\n"):
+        if tag is None:
+            _, fence, after = line.partition("```")
+            if fence and "`" not in after:
+                tag, body = after.strip().lower(), []
+        elif line.strip().startswith("```"):
+            blocks.append((tag, "\n".join(body)))
+            after = line.strip().removeprefix("```").strip().lower()
+            tag, body = (after, []) if after in PYTHON else (None, [])
+        elif line.rstrip().endswith("```"):
+            body.append(line.rstrip().removesuffix("```"))
+            blocks.append((tag, "\n".join(body)))
+            tag = None
+        else:
+            body.append(line)
+    return blocks
 
 
 def last_program(response: str) -> str | None:
     """Returns the last closed ``` block of a response that is tagged as Python, or None.
 
-    If no block is, the last one without a tag counts. Delimiters are removed first, and the
-    indentation that all its lines share.
+    If no block is, the last one without a tag counts. Delimiters are removed first, and by
+    `textwrap.dedent` the indentation that all its lines share.
     """
     tagged = untagged = None
-    for tag, body in FENCED.findall(response.replace(DELIMITER, "")):
-        if tag.strip().lower() in ("python", "python3", "py"):
+    for tag, body in fenced_blocks(response.replace(DELIMITER, "")):
+        if tag in PYTHON:
             tagged = body
-        elif not tag.strip():
+        elif not tag:
             untagged = body
     found = untagged if tagged is None else tagged
     return None if found is None else dedent(found)
@@ -112,7 +137,7 @@ INTEGER = r"[+-]?(\d{1,1000}|\d{1,3}(,\d{3}){1,300})"
 def grade_integer(boxed: str, answer: str) -> float:
     """Returns 1.0 if both are the same integer.
 
-    A sign and up to 1000 ASCII digits, with or without thousands commas, count as an integer.
+    A sign and up to 1000 ASCII digits count as an integer, or up to 903 with thousands commas.
     """
     found = tidied(boxed)
     if not re.fullmatch(INTEGER, found, re.ASCII):
@@ -127,7 +152,8 @@ def grade_integers(boxed: str, answer: str) -> float:
     Blanks or commas stand between them, so `1,000` is the list of 1 and 0. Each has a sign or none
     and up to 1000 ASCII digits.
     """
-    found = tidied(boxed).replace(",", " ").split()
+    apart = boxed.replace("\\,", " ")  # a thin space is a blank here
+    found = tidied(apart).replace(",", " ").split()
     if not found or not all(re.fullmatch(r"[+-]?\d{1,1000}", item, re.ASCII) for item in found):
         count("not_integers")
         return 0.0

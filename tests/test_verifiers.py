@@ -111,6 +111,7 @@ from data.verifiers import KINDS, check_machine
             ["48 -50 42", "48,-50, 42", "048 -50 +42"],
             ["48 50 42", "-50 48 42", "48 -50", "48 -50 42 1", "48 -50 42.0", "", "1" * 2000],
         ),
+        ("integers", "5 100 7", ["5, 100, 7", r"5\,100\,7"], ["5100 7", "5 1007"]),
     ],
 )
 def test_answers(kind, answer, right, wrong):
@@ -138,6 +139,12 @@ DOUBLE = {"stdin": [["2", "4"], ["3", "6"]]}
         ("1. so\n   ```Python\n   print(2 * int(input()))\n   ```", 1),
         ("```python\nprint(2 * int(input()))\n```\nOutput:\n```\n4\n```", 1),
         ('```python\nfence = "```"\nprint(2 * int(input()))\n```', 1),
+        ("So.</thought>```python\nprint(2 * int(input()))\n```", 1),
+        ("Here it is: ```python\nprint(2 * int(input()))```", 1),
+        ("- ```python\n  print(2 * int(input()))\n  ```", 1),
+        ("Code: ```python\nprint(4)\n```\ntext\n```python\nprint(2 * int(input()))\n```", 1),
+        ("I write ``` here.\n```python\nprint(2 * int(input()))\n```", 1),
+        ("Call `int` or ```input``` in:\n```python\nprint(2 * int(input()))\n```", 1),
         ("print(2 * int(input()))", 0),
         ("```python\nprint(2 * int(input()))", 0),
         ("```python\n```", 0),
