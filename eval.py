@@ -118,6 +118,7 @@ class Policy:
     tokenizer: object
     engine: object
     context: int  # longest sequence, tokens
+    dtype: str  # in which it computes: float32 or bfloat16
     digest: str | None = None  # of its weights, where it was asked for
 
     def tasks(self, problems, args, source: str, **settings) -> list[Task]:
@@ -141,7 +142,8 @@ def open_policy(args, with_digest: bool = False) -> Policy:
     if device.type == "cuda":
         settings["device"] = device
     engine = make_engine(args.engine, args.model, model, tokenizer, context, **settings)
-    return Policy(tokenizer, engine, context, digest_of_weights(model) if with_digest else None)
+    digest = digest_of_weights(model) if with_digest else None
+    return Policy(tokenizer, engine, context, str(dtype).removeprefix("torch."), digest)
 
 
 def held_out(data: str, args, at_most: int | None = None) -> list[Problem]:
@@ -158,9 +160,9 @@ def held_out(data: str, args, at_most: int | None = None) -> list[Problem]:
 
 # ---------------------------------------------------------------------------------- benchmarks
 
-# Responses depend on these, and on the problems, by whose content files are named: a folder holds
-# the responses of one choice
-SETTINGS = ("model", "dtype", "samples", "temperature", "seed", *LENGTHS)
+# Responses depend on these, on the weights, their type and the engine, and on the problems, by
+# whose content files are named: a folder holds the responses of one choice
+SETTINGS = ("model", "samples", "temperature", "seed", *LENGTHS)
 
 
 def command_benchmark(args) -> None:
@@ -185,6 +187,8 @@ def command_benchmark(args) -> None:
     on_main(check_writable, out)
     policy = open_policy(args, with_digest=True)
     settings["weights"] = policy.digest  # the folder of a model may get others
+    settings["dtype"] = policy.dtype
+    settings["engine"] = policy.engine.name  # auto takes vLLM only where it works
     on_main(check_settings, out, settings)
     tasks = {}
     for name, problems in sets.items():
@@ -442,6 +446,8 @@ def command_self_correct(args) -> None:
     Beside it restarts from the prompt (with the verifier as judge: best of rounds + 1); both by
     round and at equal generated tokens.
     """
+    if args.temperature == 0:
+        raise UserError("self-correct needs --temperature above 0: greedy restarts repeat")
     problems = held_out(args.data, args)
     policy = open_policy(args)
     resets = correction_curve(problems, policy, args, reset=True)

@@ -31,6 +31,7 @@ OMP_NUM_THREADS says.
 """
 
 import argparse
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from data.chains import MAX_STEPS, MODULUS, OPERATIONS, apply, generate_chains
 from data.curves import wilson
 from data.driver import run_programs
-from data.faults import counters
+from data.faults import UserError, counters
+from data.lines import check_writable
 from data.policies import load_policy
 from data.verifiers import DELIMITER, last_boxed
 from localize import by_self
@@ -662,10 +664,14 @@ def main() -> None:
     if args.card:
         write_card(args.card, args.trained)
     elif args.out:
+        check_writable(args.out)
         build(args)
     else:
         parser.error("give --out FOLDER (or --card FOLDER)")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as fault:
+        sys.exit(f"build_policy.py: {fault}")

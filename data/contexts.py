@@ -13,6 +13,8 @@ to 4.2 times on one of 135 M parameters.
 
 Left out: state-space and hybrid models, whose layers keep more than keys and values. There loss.py
 runs whole rows, and the sampler has transformers' own cache.
+
+Try it alone:  python -m pytest tests/test_loss.py -k shared
 """
 
 import torch

@@ -113,8 +113,8 @@ def interval(values, statistic=mean_of_rows, resamples: int = 4000) -> Interval:
     n = len(values)
     if n == 1:
         return Interval(statistic(values), np.nan, np.nan)
-    picks = np.random.default_rng(0).integers(n, size=(resamples, n))
-    resampled = [statistic(values[pick]) for pick in picks]
+    rng = np.random.default_rng(0)
+    resampled = [statistic(values[rng.integers(n, size=n)]) for _ in range(resamples)]
     low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
     return Interval(statistic(values), low, high)
 
@@ -227,6 +227,7 @@ def final(run: Run) -> tuple[float, float]:
 def processbench_scores(labels: list[int], named: list[int | None]) -> dict[str, str]:
     """Accuracy on erroneous and on correct solutions, and F1, their harmonic mean (ProcessBench).
 
+    Of all solutions together; the published average is the mean F1 of its four subsets.
     labels: 0-based first wrong step, -1 for none. named: 1-based step, 0 for "no error", None for
     no answer, which is wrong. An erroneous solution needs its exact step, a correct one 0."""
     erroneous, correct = [], []
@@ -568,7 +569,7 @@ def summary(done: dict[int, list[dict]], samples: int) -> dict:
     return {
         "problems": len(problems),
         "mean": float(rates.mean()),
-        "half": half_interval(rates),
+        "half": half_interval(rates) if len(rates) > 1 else None,
         "reward": float(rewards.mean()),
         "pass_at": pass_at,
         "tokens": sum(r["tokens"] for r in records) / len(problems),
@@ -582,10 +583,11 @@ def summary(done: dict[int, list[dict]], samples: int) -> dict:
 def benchmark_table(results: dict, samples: int) -> str:
     rows = []
     for name, r in results.items():
+        interval = "" if r["half"] is None else f" ± {r['half']:.3f}"
         row = {
             "data set": name,
             "problems": r["problems"],
-            f"mean@{samples}": f"{r['mean']:.3f} ± {r['half']:.3f}",
+            f"mean@{samples}": f"{r['mean']:.3f}{interval}",
         }
         for k, rate in r["pass_at"].items():
             if k > 1:
@@ -608,6 +610,8 @@ def compare(first: Path, second: Path) -> None:
             f"{first} and {second} share no problems: {', '.join(a)} against {', '.join(b)}; "
             "use the same --data, --problems and --seed"
         )
+    for name in sorted(a.keys() ^ b.keys()):
+        print(f"{name}: only {first if name in a else second} has it")
     rows = []
     for name in shared:
         x, y = a[name], b[name]

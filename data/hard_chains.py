@@ -9,7 +9,7 @@ as the first step of another chain; only chains whose product is low are scored 
 
 Left out: hard chains whose product is not low.
 
-Try it alone:  python -m data.hard_chains 12 4e-4    # how many, and a histogram
+Try it alone:  python -m data.hard_chains 12 4e-4    # how many, and percentiles
 """
 
 import sys

@@ -22,7 +22,8 @@ Limits, of the library and of these steps:
     radians, and functions of degrees are not computed; `5 million` is not 5000000.
   - Bases are compared, not computed: `100_2` is not 4. One in words is not read.
   - Inequalities that are joined by "or" are no union of intervals.
-  - An equation equals its multiples, and no other one with the same solutions.
+  - An equation equals its multiples, and no other one with the same solutions. Beside a reference
+    that is a value, its right side alone is read: `2x = 5` is 5, `5\pi \approx 15.7` is 15.7.
 
 Left out: what only a judge could decide, such as how far a question lets one round.
 
@@ -81,6 +82,7 @@ SIGNS = {
 REWRITES = [  # (pattern, replacement), in this order
     # Dollars, \( \), sizes and styles, degrees, and blanks of every width.
     (r"\\?\$|(?<!\\)\\[()\[\]]|\\displaystyle|\\(?:left|right)(?![a-z])", ""),
+    (r"\^ ?\{? ?\\circ ?\}? ?(?=\d)", " "),
     (r"\^ ?\{? ?\\circ ?\}?(?: ?[CF]$)?", ""),
     (r"(?<!\\)\\! ?", ""),
     # A thin space between thousands.
@@ -172,7 +174,10 @@ for unit, names in UNITS.items():
         UNIT_OF[name] = unit
 
 # Words that change a number, and so are no unit.
-FACTOR = r"(?:dozens?|hundred|thousand|millions?|billions?|and|or)\b"
+FACTOR = (
+    r"(?:dozens?|(?:hundred|thousand|(?:m|b|tr)illion)(?:th)?s?|tenths?|half|halves|thirds?|"
+    r"squared|cubed|factorial|and|or)\b"
+)
 # \text{...} with a unit, a bare word of UNITS, and other words behind a number.
 TEXT = rf"\\text\{{(?! ?{FACTOR})(?:[^{{}}]|\{{[^{{}}]*\}})*\}}"
 WORDS = rf"(?<=[\d}}i]) (?!{FACTOR})[a-z]{{3,}}(?: [a-z]+)*$"
@@ -215,6 +220,8 @@ def parts_of(text: str) -> Parts:
 def unit_name(text: str) -> str:
     r"""Returns a unit's first name with its power, or "": `\text{inches}^2` -> `in^2`."""
     word, _, power = re.sub(r"\\text|[{} ]", "", text).partition("^")
+    if len(word) > 1:
+        word = word.lower()  # AM; but M is no meter
     unit = UNIT_OF.get(word) or UNIT_OF.get(word.removesuffix("s"))
     return f"{unit}^{power}" if unit and power else unit or ""
 
@@ -234,8 +241,10 @@ def compare(boxed: str, reference: str) -> str:
     one, other = parts_of(given), parts_of(wanted)
     if differ(one.units, other.units):
         return "different"
-    if "=" in one.value + other.value or "" != one.name != other.name != "":
-        return compare_values(given, wanted)  # y = 2x and x = y/2: equations with several names
+    is_equation = "=" in one.value or "=" in other.value
+    names_differ = one.name and other.name and one.name != other.name  # y = 2x and x = y/2
+    if is_equation or names_differ:
+        return compare_values(given, wanted)
     return compare_values(one.value, other.value)
 
 

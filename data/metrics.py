@@ -6,6 +6,8 @@ Rates are in [0, 1], tokens are counts, and None says that there was nothing to 
 `load_tracker` finds what --tracker sends the step lines to as well.
 
 Left out: statistics over steps or seeds; see data/curves.py.
+
+Try it alone:  python -m pytest tests/test_walk.py -k step_line
 """
 
 from collections import Counter

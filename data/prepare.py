@@ -61,7 +61,7 @@ from tqdm import tqdm
 from data.faults import UserError
 from data.lines import check_writable, parse, parse_lines, write_lines
 from data.problems import Problem, read_problems
-from data.verifiers import KINDS, last_boxed
+from data.verifiers import KINDS, check_machine, last_boxed
 
 # ------------------------------- converters: one record of a set -> one problem, or None to drop it
 
@@ -550,7 +550,10 @@ def main(argv: list[str]) -> None:
 def prepare(name: str, source: Path | None, out: Path) -> None:
     """Writes the files of one set, from a local copy if there is one, and checks them."""
     records = read_local(source) if source else download(name)
-    for part, problems in convert(name, records).items():
+    parts = convert(name, records)
+    for problems in parts.values():
+        check_machine([Problem(0, p["question"], "", p["kind"]) for p in problems if "kind" in p])
+    for part, problems in parts.items():
         suffix = f"_{part}" if part else ""
         path = out / f"{name}{suffix}.jsonl"
         write_lines(path, problems)

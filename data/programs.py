@@ -115,4 +115,9 @@ def complaint_about_advantages(advantages, H: int) -> str | None:
 
 
 if __name__ == "__main__":
-    print(load_program(sys.argv[1]))
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m data.programs FILE.py:FUNCTION")
+    try:
+        print(load_program(sys.argv[1]))
+    except UserError as fault:
+        sys.exit(f"programs.py: {fault}")

@@ -471,5 +471,9 @@ def name_of(run: Run) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m data.runs RUN_DIR")
-    run = read_run(Path(sys.argv[1]))
-    print(name_of(run), json.dumps(run.lines[-1], indent=1))
+    try:
+        run = read_run(Path(sys.argv[1]))
+    except UserError as fault:
+        sys.exit(f"runs.py: {fault}")
+    last = run.lines[-1] if run.lines else "no step line"
+    print(name_of(run), json.dumps(last, indent=1))

@@ -19,7 +19,8 @@ A machine where this does not work runs no programs at all, and `isolation` says
 The expected results never enter a program's sandbox. Outputs, and returned values in canonical
 form, come back as bytes of limited length and are compared here as bytes and words: nothing that a
 program sends is parsed in this process. Tests that are code (asserts) run in a second sandbox,
-whose `candidate` asks the first one.
+whose `candidate` asks the first one. Printed numbers may differ a little in their decimals,
+returned ones may not.
 
 Left out: other languages, tests that need an interactive judge, files that programs write (an empty
 file costs the kernel memory that no limit counts), and a limit on threads besides that on memory.
@@ -391,4 +392,7 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    demo()
+    try:
+        demo()
+    except OSError as fault:
+        sys.exit(f"sandbox.py: {fault}")

@@ -25,6 +25,7 @@ Try it alone:  python -m data.verifiers        # grades good and bad answers of 
 """
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from textwrap import dedent
@@ -187,24 +188,30 @@ def grade_choice(boxed: str, answer: str) -> float:
     r"""Returns 1.0 if the box names the letter of the right choice, alone or with its text.
 
     Read as B: `B`, `(b)`, `\text{B}`, `Option B`, and B with its text (`B. bank`, `B bank`,
-    `\textbf{(B)}\ 5`). Not read: `A, B`, `A or B`, `(A) (B) (C)`.
+    `\textbf{(B)}\ 5`). Not read: `A, B`, `A or B`, `(A) (B) (C)`, `A. 5, B. 6`.
     """
     text = unwrapped(boxed)[:500]
     announced = r"(?:(?i:option|choice|answer)\s*:?\s*)?"
     letter_alone_or_with_text = r"(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[.:),-]|$)|([A-Z])(?=\s))"
     found = re.match(announced + letter_alone_or_with_text, text)
-    if not found or names_letters(text[found.end() :]):
+    if not found:
         count("not_a_choice")
         return 0.0
     letter = found.group(1) or found.group(2) or found.group(3)
+    if names_letters(text[found.end() :], "[A-Z]" if letter.isupper() else "[a-j]"):
+        count("not_a_choice")
+        return 0.0
     return float(letter.upper() == answer.strip("() ").upper())
 
 
-def names_letters(rest: str) -> bool:
-    """True if what follows a choice names another one: `, C`, `or C`, `5 (C) 6`."""
-    if re.match(r"\W*(?:or|and)\b", rest) or re.search(r"\([A-Z]\)", rest):
+def names_letters(rest: str, letter: str) -> bool:
+    """True if what follows a choice names another one: `, C`, `or C`, `5 (C) 6`, `5, C. 6`.
+
+    letter: the pattern of one."""
+    another = rf"\({letter}\)|[,;]\s*{letter}[.):]"
+    if re.match(r"\W*(?:or|and|vs)\b", rest) or re.search(another, rest):
         return True
-    return re.fullmatch(r"[\W_]*(?:[A-Z]\b[\W_]*)+", rest) is not None
+    return re.fullmatch(rf"[\W_]*(?:(?:{letter}|or|and)\b[\W_]*)+", rest) is not None
 
 
 def grade_yes_no(boxed: str, answer: str) -> float:
@@ -221,8 +228,9 @@ def grade_text(boxed: str, answer: str) -> float:
     """Returns 1.0 if the box holds the same words as the reference, regardless of case.
 
     An article before them does not count. Beside a reference of six words and signs or more, the
-    box may hold half as many others, such as `(balanced)` after an equation; beside a shorter one
-    none, for they could list every answer.
+    box may hold half as many others, such as `(balanced)` after an equation, but no sign of a
+    calculation and no number next to it. Beside a shorter one it may hold none, for they could list
+    every answer.
     """
     given = words(boxed)
     wanted = words(answer)
@@ -230,7 +238,16 @@ def grade_text(boxed: str, answer: str) -> float:
     if not wanted or len(given) > len(wanted) + spare:
         count("text_too_long")
         return 0.0
-    return float(f" {' '.join(wanted)} " in f" {' '.join(given)} ")
+    for start in range(len(given) - len(wanted) + 1):
+        end = start + len(wanted)
+        beside = given[max(0, start - 1) : start] + given[end : end + 1]
+        if given[start:end] == wanted and not any(map(calculates, beside)):
+            return 1.0
+    return 0.0
+
+
+def calculates(word: str) -> bool:
+    return word in "+-*/^=" or word.isdigit()
 
 
 def words(text: str) -> list[str]:
@@ -243,12 +260,13 @@ def words(text: str) -> list[str]:
     return found[1:] if len(found) > 1 and found[0] in ("a", "an", "the") else found
 
 
+DEEPEST = 10  # commands inside commands: the time must not grow with the square of the length
+
+
 def unwrapped(boxed: str) -> str:
     r"""Removes LaTeX's text commands, dollars and a final period: `\textbf{(B)}\ 5.` -> `(B) 5`."""
     text = boxed[:100_000]
-    for _ in range(
-        10
-    ):  # commands inside commands, no deeper: the time must not grow with the square
+    for _ in range(DEEPEST):
         text = re.sub(
             r"\\(?:text|math)(?:bf|rm|it)?\s*\{([^{}]*)\}|\\mbox\s*\{([^{}]*)\}", r"\1\2", text
         )
@@ -444,4 +462,7 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    demo()
+    try:
+        demo()
+    except UserError as fault:
+        sys.exit(f"verifiers.py: {fault}")

@@ -56,7 +56,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.curves import half_interval, pass_at_k
 from data.english import draw, generate_english
 from data.faults import UserError, counters
-from data.lines import check_writable, read_json
+from data.lines import check_writable, read_json, write_text
 from data.parallel import whole_weights
 from data.policies import (
     add_adapters,
@@ -309,7 +309,7 @@ def collect_reviews(args, sampler: Sampler) -> list[list]:
     problems of a line that is there are not sampled again."""
     path = args.out / "reviews.jsonl"
     done = whole_lines(path)
-    path.write_text("".join(done))
+    write_text(path, "".join(done))
     starts = range(0, args.problems, AT_ONCE)
     bar = tqdm(
         starts[len(done) :],
@@ -553,8 +553,8 @@ def train(args):
         model = base
         merge_adapters(model, args.out / ADAPTERS)
     save_policy(args, model, tokenizer)
-    (args.out / "format.pt").unlink()
     (args.out / "review.pt").unlink()  # now the policy is complete
+    (args.out / "format.pt").unlink()
     return model, tokenizer
 
 

@@ -215,13 +215,22 @@ def test_a_benchmark_in_bfloat16(tmp_path, benchmarked, capsys):
     assert {weight.dtype for weight in opened.engine.model.parameters()} == {torch.bfloat16}
 
 
-def test_a_benchmark_of_other_weights(tmp_path, benchmarked):
+@pytest.mark.parametrize("what, first", [("weights", "others"), ("engine", "vllm")])
+def test_a_benchmark_of_another_sampler(tmp_path, benchmarked, what, first):
     """The folder of a model may get another policy: its responses do not join the old ones."""
     settings = json.loads((benchmarked / "settings.json").read_text())
-    settings["weights"] = "others"
+    settings[what] = first
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="other settings"):
         evaluation.main([*BENCH, "--out", str(tmp_path)])
+
+
+def test_one_problem_has_no_interval(tmp_path, capsys):
+    flags = "--engine hf --data chain-3 --problems 1 --n 2 --temperature 1".split()
+    evaluation.main(["benchmark", *flags, "--out", str(tmp_path)])
+    (result,) = results(tmp_path).values()
+    assert result["half"] is None
+    assert f"| 1 | {result['mean']:.3f} |" in capsys.readouterr().out
 
 
 def unsolved_files(out):
@@ -272,12 +281,15 @@ def test_compare(tmp_path, capsys):
         for i in range(200):
             odd_gain = 0.02 * (i % 2) if shift else 0.0
             by_problem[str(i)] = (i % 5) / 10 + shift + odd_gain
-        content = {"results": {"set": {"by_problem": by_problem}}}
-        (tmp_path / name / "results.json").write_text(json.dumps(content))
+        sets = {"set": {"by_problem": by_problem}}
+        if name == "b":
+            sets["another"] = {"by_problem": {"0": 1.0}}
+        (tmp_path / name / "results.json").write_text(json.dumps({"results": sets}))
     a, b = (str(tmp_path / name / "results.json") for name in "ab")
     evaluation.main(["benchmark", "--compare", a, b])
     row = "| set | 200 | 0.200 | 0.310 | +0.110 (+0.109 to +0.111) |"
-    assert row in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert row in printed and f"another: only {b} has it" in printed
     with pytest.raises(UserError, match="none.json: cannot be read"):
         evaluation.main(["benchmark", "--compare", a, str(tmp_path / "none.json")])
 
@@ -727,6 +739,7 @@ def test_self_correct_command(capsys):
     flags = "--engine hf --problems 8 --rounds 1 --data chain-4 --judge self"
     evaluation.main(["self-correct", *flags.split()])
     assert "| 1 |" in capsys.readouterr().out
+    assert "--temperature above 0" in refused("self-correct", "--temperature", "0")
 
 
 # --------------------------------------------------------------------------------- model card

@@ -44,6 +44,9 @@ from data.verifiers import KINDS, check_machine
                 "choice: B",
                 "$B$",
                 "B: bank, not A",
+                "b) a bank",
+                "B. George W. Bush",
+                "B. x",
                 "\\text{" * 9 + "B" + "}" * 9,
             ],
             [
@@ -52,6 +55,12 @@ from data.verifiers import KINDS, check_machine
                 "",
                 "AB",
                 "A or B",
+                "B, C, and D",
+                "B, C or D",
+                "B vs C",
+                "b, c, d",
+                "(b), (c)",
+                "B. 5, C. 6",
                 "not B",
                 "bank",
                 "both",
@@ -88,6 +97,9 @@ from data.verifiers import KINDS, check_machine
                 "12 H2 + O2 = 2 H2O",
                 "2 H2 + O2 = 2 H2O2",
                 "2 H2 + O2",
+                "2 H2 + O2 = 2 H2O + CO2",
+                "-2 H2 + O2 = 2 H2O",
+                "4 2 H2 + O2 = 2 H2O",
                 "x " * 200 + "2 H2 + O2 = 2 H2O",
             ],
         ),
@@ -97,13 +109,20 @@ from data.verifiers import KINDS, check_machine
             ["0.5", r"\frac12", "1/2", r"\dfrac{2}{4}"],
             ["2", "0.51", "", "1/2 + 1", r"\frac{1}{3}", "x"],
         ),
+        ("math", r"3:00 \text{ AM}", [r"3:00 \text{ a.m.}"], [r"3:00 \text{ PM}"]),
+        (
+            "math",
+            "5",
+            ["5 apples", r"5 \text{ cm}", r"5^\circ"],
+            ["5 thousands", r"5 \text{ trillion}", "5 tenths", "5 squared", r"5^\circ 30'"],
+        ),
         ("math", "(3, -2)", ["(3,-2)", r"\left(3, -2\right)"], ["(-2, 3)", "3", "(3, 2)"]),
         ("integer", "72", ["72", "+72", "072"], ["73", "72.0", "7 2", "seventy-two"]),
         (
             "integer",
             "10000",
             ["10,000", r"10\,000", "10{,}000"],
-            [r"10\,00", r"10\,0000", "1,0000"],
+            [r"10\,00", r"10\,0000", "1,0000", r"1^\circ 0000"],
         ),
         (
             "integers",
@@ -461,6 +480,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "name one" in refused("gsm8k", "math500", "--from", source)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     assert "pip install datasets" in refused("gsm8k", "--out", no)
+
+    def no_isolation():
+        raise OSError("no sandbox for abacus")
+
+    monkeypatch.setattr(verifiers, "isolation", no_isolation)
+    (record,) = [layout[1] for layout in RECORDS if layout[0] == "humaneval"]
+    source.write_text(json.dumps(record) + "\n")
+    assert "no sandbox for abacus" in refused("humaneval", "--from", source, "--out", no)
     assert not no.exists()
 
 
