@@ -323,10 +323,7 @@ def draw_mean(panels: dict, name: str, members: list[Run], color: str) -> None:
     several = len(members) > 1
     shown = re.sub(r"\S*/", "", name)  # a method or a data file without its folder
     label = f"{shown} ({len(members)} seeds)" if several else shown
-    points = [evaluations(run.lines) for run in members]
-    steps = [{point["step"] for point in one} for one in points]
-    shared = set.intersection(*steps)  # a stop evaluates at a step of its own
-    points = [[point for point in one if point["step"] in shared] for one in points]
+    points = shared_points(members)
     rates = t_interval([column(one, "eval_pass_rate") for one in points])
     for axis, panel in panels.items():
         x = np.mean([column(one, axis) for one in points], axis=0) / AXES[axis][1]
@@ -334,6 +331,17 @@ def draw_mean(panels: dict, name: str, members: list[Run], color: str) -> None:
         if several:
             low, high = np.clip(rates.low, 0, 1), np.clip(rates.high, 0, 1)
             panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def shared_points(members: list[Run]) -> list[list[dict]]:
+    """For each run its evaluations at the steps that all have: a stop evaluates at its own step."""
+    points = [evaluations(run.lines) for run in members]
+    steps = [{point["step"] for point in one} for one in points]
+    shared = set.intersection(*steps)
+    kept = []
+    for one in points:
+        kept.append([point for point in one if point["step"] in shared])
+    return kept
 
 
 def draw_training_rates(panels: dict, run: Run) -> None:

@@ -190,24 +190,36 @@ def grade_choice(boxed: str, answer: str) -> float:
     Read as B: `B`, `(b)`, `\text{B}`, `Option B`, and B with its text (`B. bank`, `B bank`,
     `\textbf{(B)}\ 5`). Not read: `A, B`, `A or B`, `(A) (B) (C)`, `A. 5, B. 6`.
     """
-    text = unwrapped(boxed)[:500]
-    announced = r"(?:(?i:option|choice|answer)\s*:?\s*)?"
-    letter_alone_or_with_text = r"(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[.:),-]|$)|([A-Z])(?=\s))"
-    found = re.match(announced + letter_alone_or_with_text, text)
-    if not found:
-        count("not_a_choice")
-        return 0.0
-    letter = found.group(1) or found.group(2) or found.group(3)
-    if names_letters(text[found.end() :], "[A-Z]" if letter.isupper() else "[a-j]"):
+    letter, rest = letter_of(unwrapped(boxed)[:500])
+    if not letter or names_letters(rest, like=letter):
         count("not_a_choice")
         return 0.0
     return float(letter.upper() == answer.strip("() ").upper())
 
 
-def names_letters(rest: str, letter: str) -> bool:
+ANNOUNCED = r"(?:(?i:option|choice|answer)\s*:?\s*)?"
+LETTERS = (
+    r"\(([A-Za-z])\)",  # (b)
+    r"([A-Za-z])(?=\s*[.:),-]|$)",  # b, or b) bank
+    r"([A-Z])(?=\s)",  # B bank
+)
+
+
+def letter_of(text: str) -> tuple[str, str]:
+    """Returns the letter with which a text begins, or "", and what follows it."""
+    for pattern in LETTERS:
+        found = re.match(ANNOUNCED + pattern, text)
+        if found:
+            return found[1], text[found.end() :]
+    return "", text
+
+
+def names_letters(rest: str, like: str) -> bool:
     """True if what follows a choice names another one: `, C`, `or C`, `5 (C) 6`, `5, C. 6`.
 
-    letter: the pattern of one."""
+    like: the letter before it; small ones name choices only where that one is small.
+    """
+    letter = "[A-Z]" if like.isupper() else "[a-j]"
     another = rf"\({letter}\)|[,;]\s*{letter}[.):]"
     if re.match(r"\W*(?:or|and|vs)\b", rest) or re.search(another, rest):
         return True
