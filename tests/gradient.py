@@ -222,14 +222,18 @@ def signal_row(name: str, steps: list[StepGradient], reference: torch.Tensor) ->
     gradients = stacked(steps)
     signal = squared_mean(gradients)
     squares = (gradients**2).sum(1).numpy()  # [repeats]
-    products = (gradients @ reference.mean(0)).numpy()  # [repeats]
-    reference_norm = math.sqrt(max(squared_mean(reference), 1e-30))
+    # Not with the reference of the same repeat, whose prompts are the same
+    others = (reference.sum(0) - reference) / (len(reference) - 1)
+    products = (gradients * others).sum(1).numpy()  # [repeats]
+    reference_square = squared_mean(reference)
+    reference_norm = math.sqrt(reference_square) if reference_square > 0 else math.nan
 
     def cosine(pairs: np.ndarray) -> float:
         return pairs[:, 0].mean() / math.sqrt(pairs[:, 1].mean()) / reference_norm
 
     value, low, high = interval(np.stack([products, squares], axis=1), cosine)
     base_variance = mean_of([step.base_variance for step in steps])
+    alignment = "-" if np.isnan(value) else f"{value:.3f} ({low:.3f} to {high:.3f})"
     return {
         "method": name,
         "tokens a step": f"{np.mean([step.tokens for step in steps]):,.0f}",
@@ -238,7 +242,7 @@ def signal_row(name: str, steps: list[StepGradient], reference: torch.Tensor) ->
         "suffix pass rate": number_or_dash(mean_of([step.suffix_pass_rate for step in steps])),
         "h*, mean": number_or_dash(mean_of([step.reset for step in steps]), digits=1),
         "signal / noise": f"{signal / (squares.mean() - signal):.3f}",
-        "alignment with the gradient of the pass rate": f"{value:.3f} ({low:.3f} to {high:.3f})",
+        "alignment with the gradient of the pass rate": alignment,
     }
 
 

@@ -210,7 +210,6 @@ SLICES = {
     "smollm2-pilots-5e-5": pilots(5e-5, ALL_WEIGHTS),
     "smollm2-pilots-2.5e-5": pilots(2.5e-5, ALL_WEIGHTS),
     "smollm2-pilots-1e-5": pilots(1e-5, ALL_WEIGHTS),
-    "smollm2-pilots-3e-5": pilots(3e-5),
     "smollm2-pilots-1e-4": pilots(1e-4),
     "smollm2-pilots-3e-4": pilots(3e-4),
     "smollm2-grpo": pretrained("grpo", 24),
@@ -257,7 +256,7 @@ class Point:
 class Result(Job):
     """What is kept of a run: one line of study.jsonl. Lists of two: first and last ten steps."""
 
-    commit: str
+    commit: str  # of the last start, where the run was resumed
     date: str
     cpu_seconds: float | None  # of training and its evaluations; None: it was resumed
     curve: list[Point]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.curves import Interval, interval, markdown, pyplot, renew, t_interval
+from data.curves import Interval, interval, markdown, pyplot, read_rates, renew, t_interval
 from data.faults import UserError
 from tests.study import (
     ARMS,
@@ -35,6 +35,7 @@ from tests.study import (
 
 TARGET = 0.3  # held-out pass rate
 PICTURES = ROOT / "data" / "pictures"
+UNTRAINED = ROOT / "tests" / "untrained"  # of SmolLM2 by seed, a results.json; see language.md
 
 # -------------------------------------------------------------------------------------- statistics
 
@@ -349,6 +350,7 @@ def benchmark_rows(named: dict[str, list[Result]]) -> list[dict]:
                 "pass@8": mean_of_known([r.pass_at_8 for r in mine]),
                 f"minus {usual}'s, over seeds": str(pair.difference()),
                 "over problems": compared,
+                "minus untrained's": minus_untrained(mine),
                 "right responses": f"{right:,}",
                 "every step checks": share_of(sum(result.certified for result in mine), right),
                 "different texts of a solved problem": share_of(
@@ -357,6 +359,22 @@ def benchmark_rows(named: dict[str, list[Result]]) -> list[dict]:
             }
         )
     return rows
+
+
+def minus_untrained(mine: list[Result]) -> str:
+    """The pass rate minus the untrained policy's, over the problems of all seeds that it answered.
+
+    A bootstrap interval of paired differences, as in `Pair.over_problems`; "" without a seed.
+    """
+    differences = []  # [seeds x problems]
+    for result in mine:
+        path = UNTRAINED / f"seed-{result.seed}.json"
+        if path.exists():
+            (rates,) = read_rates(path).values()
+            problems = sorted(rates, key=int)
+            for right, problem in zip(result.right, problems, strict=True):
+                differences.append(right / SAMPLES - rates[problem])
+    return between_ends(interval(differences, resamples=10_000)) if differences else ""
 
 
 def share_of(part: int, whole: int) -> str:

@@ -249,8 +249,9 @@ def test_pairing_removes_what_seeds_share():
     assert pair.difference().interval() == pytest.approx((0.1, 0.1, 0.1))
 
 
-def test_pairs_of_problems():
+def test_pairs_of_problems(tmp_path, monkeypatch):
     """What one seed gains and another loses is zero, with an interval over problems."""
+    monkeypatch.setattr(study_tables, "UNTRAINED", tmp_path)
     ours = made("walk", [0.5, 0.5], right=[4, 8, 0, 5], certified=15, distinct=6)
     theirs = made("grpo", [0.5, 0.5], right=[3, 7, 0, 4], certified=10, distinct=4)
     theirs[1].right, ours[1].right = ours[1].right, theirs[1].right
@@ -264,6 +265,12 @@ def test_pairs_of_problems():
     assert second["over problems"] == study_tables.between_ends(both)
     assert second["right responses"] == "31" and second["every step checks"] == f"{30 / 31:.3f}"
     assert second["different texts of a solved problem"] == "2.000"
+    assert second["minus untrained's"] == ""  # seed 0 has right answers, in the order of problems
+    by_problem = {"10": 3 / 8, "2": 5 / 8, "0": 1 / 8, "9": 0}
+    content = {"results": {"set": {"by_problem": by_problem}}}
+    (tmp_path / "seed-0.json").write_text(json.dumps(content))
+    (row,) = study_tables.benchmark_rows({"walk": ours[:1]})
+    assert row["minus untrained's"].startswith("0.250 (")  # of 4, 8, 0, 5 and 1, 5, 0, 3
 
 
 def test_reach_is_linear_between_evaluations_and_a_lower_bound():

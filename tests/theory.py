@@ -538,7 +538,10 @@ class Chain:
             yield Term(chance, mean, b**2 * wrong.cov, b**2 * wrong.off, size * (K - h))
 
     def resets(self, q, split: Split) -> Iterator[Term]:
-        """Cases of rollout.resets, with one seed and a localizer of accuracy q."""
+        """Cases of rollout.resets, with one seed and a localizer of accuracy q.
+
+        Left out: fresh seeds where the base group has no failure. There it is GRPO's group of N.
+        """
         named = q * np.eye(K) + (1 - q) / K  # [j, h] chance that thought h is named for error j
         if split.base == 0:
             yield from self.fresh_seed(named)
@@ -1237,6 +1240,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not Path(args.out).absolute().parent.is_dir():
         parser.error(f"--out {args.out}: its folder does not exist; make it first")
+    if Path(args.out).suffix not in (".png", ".jpg"):
+        parser.error(f"--out {args.out}: the figure is a .png or a .jpg")
     if args.seeds < 1 or args.steps < 1:
         parser.error("lessons 3 and 4 need --seeds and --steps of at least 1")
     one = two = three = four = None

@@ -95,7 +95,7 @@ def cell(setting: Setting, seeds: int) -> str:
     if not ended.reached:
         return f"not in {LONGEST} steps"
     steps = ended.steps
-    return f"{steps.mean():.0f} ± {steps.std():.0f} / {ended.thoughts.mean() / 1000:.0f}"
+    return f"{steps.mean():.0f} ± {steps.std(ddof=1):.0f} / {ended.thoughts.mean() / 1000:.0f}"
 
 
 def main() -> None:
