@@ -482,7 +482,7 @@ def test_localization_on_labelled_solutions(tmp_path):
     write_lines(path, [{"question": "Q?", "steps": steps, "label": label} for label in (1, 0, -1)])
     assert evaluation.is_labelled(str(path)) and not evaluation.is_labelled("chain-3")
     engine = Reviewer(r"\boxed{2}", r"\boxed{3}", r"\boxed{0}", "hm", r"\boxed{1}")
-    policy = evaluation.Policy(Words(), engine, context=99)
+    policy = evaluation.Policy(Words(), engine, context=99, dtype="float32")
     args = SimpleNamespace(seed=0, localize_tokens=9, temperature=0.3)
     result = evaluation.on_labelled(load_labelled(str(path)), policy, args)
     assert result["accuracy on erroneous"].startswith("0.500")
