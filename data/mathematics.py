@@ -79,9 +79,13 @@ SIGNS = {
     "¼": r"\frac{1}{4}",
     "¾": r"\frac{3}{4}",
 }
+NESTED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # braces in braces in braces
 REWRITES = [  # (pattern, replacement), in this order
+    # The space between two rows: \\[6pt].
+    (r"\\\\ ?\[ ?-?[\d.]+ ?(?:pt|em|ex|mm|cm)\]", r"\\\\ "),
     # Dollars, \( \), sizes and styles, degrees, and blanks of every width.
-    (r"\\?\$|(?<!\\)\\[()\[\]]|\\displaystyle|\\(?:left|right)(?![a-z])", ""),
+    (r"\\?\$|[€£]|(?<!\\)\\[()\[\]]|\\displaystyle", ""),
+    (r"\\(?:left|right|[bB]igg?[lmr]?)(?![a-zA-Z])", ""),
     (r"\^ ?\{? ?\\circ ?\}? ?(?=\d)", " "),
     (r"\^ ?\{? ?\\circ ?\}?(?: ?[CF]$)?", ""),
     (r"(?<!\\)\\! ?", ""),
@@ -89,12 +93,15 @@ REWRITES = [  # (pattern, replacement), in this order
     (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
     (r"(?:~|(?<!\\)\\[ ,;:>]|\\q?quad(?![a-z])|\s)+", " "),
     (r"\{([,:])\}", r"\1"),
-    (r"^\\approx", ""),
+    # Bold or underlined as a whole; = or \approx at the beginning.
+    (r"^\\(?:boldsymbol|bm|mathbf|underline) ?\{(" + NESTED + r")\}$", r"\1"),
+    (r"^(?:\\approx|=) ?", ""),
     (r"\\approx", "="),
     # Fonts. Text that is no word is the value itself: \text{A, D}, \text{5}.
     (r"\\(?:text|math)(?:rm|bf|it|normal) ?\{|\\mbox ?\{|\\text \{", r"\\text{"),
     (r"(^|,) ?\\text\{([^{}a-z]*)\}|\\text\{(i)\}", r"\1\2\3"),
     (r",? ?\\text\{ ?(?:and|or) ?\}", ","),
+    (r"^\\text\{ ?(-?[\d.,]*\d) ([a-z][^{}]*)\}$", r"\1 \\text{\2}"),
     (r" ?(?:\\text\{ ?percent ?\}|percent$)", r"\\%"),
     # The end of a sentence.
     (r"[ .,;]+$", ""),
@@ -184,7 +191,7 @@ WORDS = rf"(?<=[\d}}i]) (?!{FACTOR})[a-z]{{3,}}(?: [a-z]+)*$"
 WORD = "|".join(re.escape(name) for name in UNIT_OF if len(name) > 1)
 UNIT = rf"(?:{TEXT}|(?:{WORD})s?(?![a-zA-Z]))(?: ?\^ ?\{{?-?\d\}}?)?"
 # Units joined by a slash, a dot or a blank, up to the end of an item: `3 \text{m} / \text{s}^2`.
-UNIT_OF_ITEM = rf"(?<=[\d}})i]) ?({UNIT}(?: ?(?:/|\\cdot)? ?{UNIT})*) ?(?=[,)\]]|$)"
+UNIT_OF_ITEM = rf"(?<=[\d}})i]) ?({UNIT}(?: ?(?:(?:/|\\cdot) ?)?{UNIT})*) ?(?=[,)\]]|$)"
 # 25_8, (25)_{8}; and x =, x_1 =, \alpha =, f(x) =, (x, y) = before a value.
 BASE = r"\(?(-?\d[\dA-Z.]*)\)?_\{?\(?(\d+)\)?\}?"
 NAME = r"((?:\\?[a-zA-Z]+|\([a-z](?:, ?[a-z])*\))(?:_\w|_\{[^{}]*\})?(?:\([a-z]\))?) ?= ?([^=<>]+)"

@@ -219,8 +219,8 @@ def names_letters(rest: str, like: str) -> bool:
 
     like: the letter before it; small ones name choices only where that one is small.
     """
-    letter = "[A-Z]" if like.isupper() else "[a-j]"
-    another = rf"\({letter}\)|[,;]\s*{letter}[.):]"
+    letter = "[A-J]" if like.isupper() else "[a-j]"
+    another = rf"(?<!\S)\({letter}\)|[,;]\s*{letter}[.):](?=\s|$)"
     if re.match(r"\W*(?:or|and|vs)\b", rest) or re.search(another, rest):
         return True
     return re.fullmatch(rf"[\W_]*(?:(?:{letter}|or|and)\b[\W_]*)+", rest) is not None
