@@ -262,12 +262,25 @@ def calculates(word: str) -> bool:
     return word in "+-*/^=" or word.isdigit()
 
 
+SMALL_DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉⁺⁻", "0123456789+-")
+CHEMISTRY = [  # (pattern, replacement), in this order
+    (r"\\ce\s*\{([^{}]*)\}", r"\1"),
+    (r"\\(?:x?(?:long)?(?:left)?right(?:arrow|harpoons)|to)(?![a-zA-Z])|-+>|=+>|[→⟶⇒⇌]", " = "),
+    (r"\\[,;:! ]|~|\\q?quad(?![a-z])", " "),  # blanks
+    (r"\^?\{(\d*[+-])\}|\^(\d*[+-])", r"\1\2"),  # charges
+    (r"_\{?(\d+)\}?", r"\1"),
+    (r"(?<![\w.)\]}])(\d+)(?=[A-Za-z(\[])", r"\1 "),  # numbers of molecules
+]
+
+
 def words(text: str) -> list[str]:
     """Returns the words and signs of a text in lower case, without an article before them.
 
-    H_2 and H_{2} are H2.
+    Chemistry: H_2 is H2, an arrow is =, and 2NaCl is 2 NaCl.
     """
-    text = re.sub(r"_\{?(\d+)\}?", r"\1", unwrapped(text))
+    text = unwrapped(text).translate(SMALL_DIGITS)
+    for pattern, replacement in CHEMISTRY:
+        text = re.sub(pattern, replacement, text)
     found = re.findall(r"[^\W_]+|[^\w\s]", text.casefold().strip("\"'“”"))
     return found[1:] if len(found) > 1 and found[0] in ("a", "an", "the") else found
 
