@@ -591,11 +591,11 @@ def summary(done: dict[int, list[dict]], samples: int) -> dict:
 def benchmark_table(results: dict, samples: int) -> str:
     rows = []
     for name, r in results.items():
-        interval = "" if r["half"] is None else f" ± {r['half']:.3f}"
+        plus_minus = "" if r["half"] is None else f" ± {r['half']:.3f}"
         row = {
             "data set": name,
             "problems": r["problems"],
-            f"mean@{samples}": f"{r['mean']:.3f}{interval}",
+            f"mean@{samples}": f"{r['mean']:.3f}{plus_minus}",
         }
         for k, rate in r["pass_at"].items():
             if k > 1:

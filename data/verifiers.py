@@ -259,6 +259,7 @@ def grade_text(boxed: str, answer: str) -> float:
 
 
 def calculates(word: str) -> bool:
+    """True if a word next to an equation makes another one of it: `+ CO2`, `4 ...`."""
     return word in "+-*/^=" or word.isdigit()
 
 
