@@ -80,6 +80,7 @@ SIGNS = {
     "¾": r"\frac{3}{4}",
 }
 NESTED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # braces in braces in braces
+GREEK = r"(\\(?:alpha|beta|lambda|mu|omega|phi|pi|theta)(?![a-z]))"
 REWRITES = [  # (pattern, replacement), in this order
     # The space between two rows: \\[6pt].
     (r"\\\\ ?\[ ?-?[\d.]+ ?(?:pt|em|ex|mm|cm)\]", r"\\\\ "),
@@ -91,6 +92,9 @@ REWRITES = [  # (pattern, replacement), in this order
     (r"(?<!\\)\\! ?", ""),
     # A thin space between thousands.
     (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
+    # Commas between thousands: 20{,}000 but not 0{,}125, and \frac{20,000}{3}.
+    (r"(?<=\d)(?<!\b0)\{,\}(?=\d{3}(?!\d))", ""),
+    (r"(?<=c\{)(\d{1,3}),(\d{3})(?=\})", r"\1\2"),
     (r"(?:~|(?<!\\)\\[ ,;:>]|\\q?quad(?![a-z])|\s)+", " "),
     (r"\{([,:])\}", r"\1"),
     # Bold or underlined as a whole; = or \approx at the beginning.
@@ -105,6 +109,9 @@ REWRITES = [  # (pattern, replacement), in this order
     (r" ?(?:\\text\{ ?percent ?\}|percent$)", r"\\%"),
     # The end of a sentence.
     (r"[ .,;]+$", ""),
+    # Greek letters without braces in fractions: \frac\pi2, \frac{1}\pi.
+    (r"(\\[dtc]?frac) ?" + GREEK, r"\1{\2}"),
+    (r"(\\[dtc]?frac) ?(\w|\{" + NESTED + r"\}) ?" + GREEK, r"\1{\2}{\3}"),
     # Numbers: 4.7e-34; 3 1/2; i apart from its factor, as 2i would be a name; a \pm b.
     (r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]\+?(-?)0*(\d+)(?![\w.])", r"\1 \\times 10^{\2\3}"),
     (r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
@@ -159,10 +166,15 @@ UNITS = {  # a unit and its other names
     "km": "kilometer kilometre",
     "in": "inch inche",
     "ft": "foot feet",
+    "yd": "yard",
     "mi": "mile",
     "mg": "milligram",
     "g": "gram",
     "kg": "kilogram",
+    "oz": "ounce",
+    "lb": "pound",
+    "ml": "milliliter millilitre",
+    "gal": "gallon",
     "s": "sec second",
     "min": "minute",
     "h": "hr hour",
