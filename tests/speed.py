@@ -16,7 +16,8 @@ is picked: two do not fit into a process.
 
 Contenders take turns in one process of one thread; seconds are CPU seconds. A ratio is the median
 over the turns, with its range: machines differ, and so does what else runs on them. The matrix rate
-is measured in each turn; a contender's share of it counts its own matrix products, not padding.
+is measured in each turn; a contender's share of it counts its own matrix products, not padding, and
+not those of TRL's head on the prompts, which it runs on a CPU.
 
     python -m tests.speed                              # everything
     python -m tests.speed --only llama --repeats 3
