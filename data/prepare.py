@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 from data.faults import UserError
 from data.lines import check_writable, parse, parse_lines, write_lines
-from data.problems import Problem, read_problems
+from data.problems import Problem, check_record
 from data.verifiers import KINDS, check_machine, last_boxed
 
 # ------------------------------- converters: one record of a set -> one problem, or None to drop it
@@ -446,8 +446,13 @@ def convert_records(name: str, records: list[dict]) -> list[dict]:
                 f"{name}, record {number}: "
                 f"not in the layout of {chosen.hub} ({type(fault).__name__}: {fault})"
             )
-        if converted:
-            problems.append(converted)
+        if not converted:
+            continue
+        is_labelled = converted["kind"] == "steps"  # a labelled solution is no problem
+        complaint = None if is_labelled else check_record(converted)
+        if complaint:
+            raise UserError(f"{name}, record {number}: {complaint}")
+        problems.append(converted)
     return problems
 
 
@@ -557,8 +562,6 @@ def prepare(name: str, source: Path | None, out: Path) -> None:
         suffix = f"_{part}" if part else ""
         path = out / f"{name}{suffix}.jsonl"
         write_lines(path, problems)
-        if name != "processbench":  # labelled solutions are no problems
-            read_problems(path)
         report(path, problems, len(records))
 
 

@@ -313,6 +313,7 @@ FOREIGN = {  # local copies that are damaged, or of another layout
     "list.jsonl": b"[1]",
     "number.json": b"[1, 2]",
     "empty.jsonl": b"",
+    "unanswered.jsonl": b'{"question": "q", "answer": "####"}',
 }
 
 
