@@ -290,6 +290,28 @@ def read_results(path: Path) -> list[Result]:
     return results
 
 
+@dataclass
+class Untrained:
+    """A benchmark of the policy from which runs start, on the problems of their seed."""
+
+    seed: int
+    right: list[int]  # these three as in Result
+    certified: int
+    distinct: int
+
+    @property
+    def pass_rate(self) -> float:
+        return float(np.mean(self.right)) / SAMPLES
+
+    @property
+    def pass_at_8(self) -> float:
+        return float(np.mean([n > 0 for n in self.right]))
+
+
+def read_untrained(path: Path) -> list[Untrained]:
+    return [Untrained(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
 def run_slices(args) -> None:
     """Trains what is missing of some slices, and appends a line for each finished run."""
     deadline = time.time() + 60 * args.minutes
@@ -413,16 +435,16 @@ def result_of(job: Job, run: Run, started_from: str, cpu_seconds: float | None) 
         right_after_clean=mean_of(lines, "pass_suffix_clean"),
         right_after_erroneous=mean_of(lines, "pass_suffix_erroneous"),
         walks=[walks_of(lines[:END]), walks_of(lines[-END:])],
-        **successes_of(job, run.folder / "benchmark"),
+        **successes_of(job.data, job.seed, run.folder / "benchmark"),
     )
 
 
-def successes_of(job: Job, benchmark: Path) -> dict:
+def successes_of(data: str, seed: int, benchmark: Path) -> dict:
     """What the right responses of a benchmark are like; see the last fields of Result."""
     files = [path for path in benchmark.glob("*.jsonl") if not path.name.startswith("unsolved-")]
     if not files:
         return {}
-    problems = {problem.index: problem for problem in load_problems(job.data, 10**6 + job.seed)}
+    problems = {problem.index: problem for problem in load_problems(data, 10**6 + seed)}
     right, certified, distinct = [], 0, 0
     for index, responses in sorted(finished_problems(files[0], SAMPLES).items()):
         texts = [response["text"] for response in responses if response["reward"] == 1]

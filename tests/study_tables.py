@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.curves import Interval, interval, markdown, pyplot, read_rates, renew, t_interval
+from data.curves import Interval, interval, markdown, pyplot, renew, t_interval
 from data.faults import UserError
 from tests.study import (
     ARMS,
@@ -29,13 +29,15 @@ from tests.study import (
     SLICES,
     SWEEP_SEEDS,
     Result,
+    Untrained,
     read_results,
+    read_untrained,
     swept,
 )
 
 TARGET = 0.3  # held-out pass rate
 PICTURES = ROOT / "data" / "pictures"
-UNTRAINED = ROOT / "tests" / "untrained"  # of SmolLM2 by seed, a results.json; see language.md
+UNTRAINED = ROOT / "tests" / "untrained.jsonl"  # SmolLM2's, by seed; see language.md
 
 # -------------------------------------------------------------------------------------- statistics
 
@@ -163,12 +165,15 @@ def rates_in_words(rates: list[float], reached: list[bool]) -> str:
 
 @dataclass
 class Pair:
-    """Two arms on one set, compared seed by seed: the same problems in the same order."""
+    """Two arms on one set, compared seed by seed: the same problems in the same order.
 
-    first: list[Result]
-    second: list[Result]
+    Benchmarks of the untrained policy can stand for an arm, but where training is compared.
+    """
 
-    def matched(self) -> list[tuple[Result, Result]]:
+    first: list[Result] | list[Untrained]
+    second: list[Result] | list[Untrained]
+
+    def matched(self) -> list[tuple]:
         """The two runs of each seed that both have."""
         second = {result.seed: result for result in self.second}
         return [(a, second[a.seed]) for a in self.first if a.seed in second]
@@ -176,6 +181,10 @@ class Pair:
     def difference(self) -> Compared:
         """Pass rate of the first minus that of the second, both at their ends."""
         return Compared([a.pass_rate - b.pass_rate for a, b in self.matched()])
+
+    def at_8(self) -> Compared:
+        """Pass@8 of the first minus that of the second. Every run must have a benchmark."""
+        return Compared([a.pass_at_8 - b.pass_at_8 for a, b in self.matched()])
 
     def at_equal_tokens(self) -> Compared:
         """The same along training, where the arm that spent less has ended."""
@@ -319,7 +328,7 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
                 "verifier calls": f"{np.mean([r.verifier_calls for r in mine]):,.0f}",
                 "CPU s": f"{np.mean(cpu):.0f}" if cpu else "",
                 "flat groups": both_ends(mine, "flat_groups"),
-                "entropy, nats": both_ends(mine, "entropy"),
+                "entropy, nats": both_ends(mine, "entropy", 3),
                 "exact h*": both_ends(mine, "exact"),
                 "clean prefix": both_ends(mine, "clean"),
                 "right after clean, erroneous": after_prefixes(mine),
@@ -331,50 +340,45 @@ def cost_rows(named: dict[str, list[Result]]) -> list[dict]:
 
 def benchmark_rows(named: dict[str, list[Result]]) -> list[dict]:
     """What the last checkpoints reach, and what their right responses are like, beside the first
-    arm. For runs whose evaluations on the way are too small to tell when they reached something.
+    arm and the untrained policy. For runs whose evaluations on the way are too small to tell when
+    they reached something.
 
     Every run must have a benchmark.
     """
     usual = list(named)[0]
+    seeds = {result.seed for result in named[usual]}
+    untrained = [one for one in read_untrained(UNTRAINED) if one.seed in seeds]
     rows = []
+    if untrained:
+        rows.append(benchmark_row("untrained", untrained, {usual: [], "untrained": []}))
     for arm, mine in named.items():
-        right = sum(sum(result.right) for result in mine)
-        solved = sum(np.count_nonzero(result.right) for result in mine)
-        pair = Pair(mine, [] if arm == usual else named[usual])
-        compared = between_ends(pair.over_problems()) if pair.matched() else ""
-        rates = [result.pass_rate for result in mine]
-        rows.append(
-            {
-                "arm": described(arm, mine),
-                "pass@1 (95%)": rates_in_words(rates, [True] * len(rates)),
-                "pass@8": mean_of_known([r.pass_at_8 for r in mine]),
-                f"minus {usual}'s, over seeds": str(pair.difference()),
-                "over problems": compared,
-                "minus untrained's": minus_untrained(mine),
-                "right responses": f"{right:,}",
-                "every step checks": share_of(sum(result.certified for result in mine), right),
-                "different texts of a solved problem": share_of(
-                    sum(result.distinct for result in mine), solved
-                ),
-            }
-        )
+        others = {usual: [] if arm == usual else named[usual], "untrained": untrained}
+        rows.append(benchmark_row(described(arm, mine), mine, others))
     return rows
 
 
-def minus_untrained(mine: list[Result]) -> str:
-    """The pass rate minus the untrained policy's, over the problems of all seeds that it answered.
-
-    A bootstrap interval of paired differences, as in `Pair.over_problems`; "" without a seed.
-    """
-    differences = []  # [seeds x problems]
-    for result in mine:
-        path = UNTRAINED / f"seed-{result.seed}.json"
-        if path.exists():
-            (rates,) = read_rates(path).values()
-            problems = sorted(rates, key=int)
-            for right, problem in zip(result.right, problems, strict=True):
-                differences.append(right / SAMPLES - rates[problem])
-    return between_ends(interval(differences, resamples=10_000)) if differences else ""
+def benchmark_row(
+    name: str,
+    mine: list[Result] | list[Untrained],
+    others: dict[str, list[Result] | list[Untrained]],
+) -> dict:
+    """One line of `benchmark_rows`. others: what is subtracted; [] leaves its cells empty."""
+    right = sum(sum(one.right) for one in mine)
+    solved = sum(np.count_nonzero(one.right) for one in mine)
+    rates = [one.pass_rate for one in mine]
+    row = {"arm": name, "pass@1 (95%)": rates_in_words(rates, [True] * len(rates))}
+    for other, theirs in others.items():
+        pair = Pair(mine, theirs)
+        row[f"minus {other}'s, over seeds"] = str(pair.difference())
+        over_problems = between_ends(pair.over_problems()) if pair.matched() else ""
+        row[f"minus {other}'s, over problems"] = over_problems
+    row["pass@8"] = mean_of_known([one.pass_at_8 for one in mine])
+    row["pass@8 minus untrained's, over seeds"] = str(Pair(mine, others["untrained"]).at_8())
+    row["right responses"] = f"{right:,}"
+    row["every step checks"] = share_of(sum(one.certified for one in mine), right)
+    texts = share_of(sum(one.distinct for one in mine), solved)
+    row["different texts of a solved problem"] = texts
+    return row
 
 
 def share_of(part: int, whole: int) -> str:
@@ -403,14 +407,16 @@ def after_prefixes(mine: list[Result]) -> str:
     return f"{clean or '-'}, {erroneous or '-'}" if clean or erroneous else ""
 
 
-def both_ends(mine: list[Result], name: str) -> str:
+def both_ends(mine: list[Result], name: str, digits: int = 2) -> str:
     """`0.72 to 0.09`: means over seeds of the first and of the last ten steps; `0.72`: of all steps
     of runs that are no longer."""
     known = [getattr(result, name) for result in mine if None not in getattr(result, name)]
     if not known:
         return ""
     first, last = np.mean(known, axis=0)
-    return f"{first:.2f}" if mine[0].steps <= END else f"{first:.2f} to {last:.2f}"
+    if mine[0].steps <= END:
+        return f"{first:.{digits}f}"
+    return f"{first:.{digits}f} to {last:.{digits}f}"
 
 
 def share_found(end: np.ndarray) -> str:

@@ -251,7 +251,9 @@ def test_pairing_removes_what_seeds_share():
 
 def test_pairs_of_problems(tmp_path, monkeypatch):
     """What one seed gains and another loses is zero, with an interval over problems."""
-    monkeypatch.setattr(study_tables, "UNTRAINED", tmp_path)
+    untrained = tmp_path / "untrained.jsonl"
+    untrained.write_text("")
+    monkeypatch.setattr(study_tables, "UNTRAINED", untrained)
     ours = made("walk", [0.5, 0.5], right=[4, 8, 0, 5], certified=15, distinct=6)
     theirs = made("grpo", [0.5, 0.5], right=[3, 7, 0, 4], certified=10, distinct=4)
     theirs[1].right, ours[1].right = ours[1].right, theirs[1].right
@@ -261,16 +263,24 @@ def test_pairs_of_problems(tmp_path, monkeypatch):
     assert both.value == pytest.approx(0) and both.low < 0 < both.high
 
     first, second = study_tables.benchmark_rows({"grpo": theirs, "walk": ours})
-    assert first["over problems"] == ""
-    assert second["over problems"] == study_tables.between_ends(both)
+    assert first["minus grpo's, over problems"] == first["minus untrained's, over seeds"] == ""
+    assert second["minus grpo's, over problems"] == study_tables.between_ends(both)
     assert second["right responses"] == "31" and second["every step checks"] == f"{30 / 31:.3f}"
     assert second["different texts of a solved problem"] == "2.000"
-    assert second["minus untrained's"] == ""  # seed 0 has right answers, in the order of problems
-    by_problem = {"10": 3 / 8, "2": 5 / 8, "0": 1 / 8, "9": 0}
-    content = {"results": {"set": {"by_problem": by_problem}}}
-    (tmp_path / "seed-0.json").write_text(json.dumps(content))
-    (row,) = study_tables.benchmark_rows({"walk": ours[:1]})
-    assert row["minus untrained's"].startswith("0.250 (")  # of 4, 8, 0, 5 and 1, 5, 0, 3
+
+    # Seed 0 has 4, 8, 0 and 5 right, now beside 1, 5, 0 and 3; of seed 7 there is no run.
+    lines = []
+    for seed in (0, 7):
+        before = study.Untrained(seed, right=[1, 5, 0, 3], certified=6, distinct=4)
+        lines.append(json.dumps(asdict(before)) + "\n")
+    untrained.write_text("".join(lines))
+    ours[0].pass_rate, ours[0].pass_at_8 = 17 / 32, 3 / 4
+    before, after = study_tables.benchmark_rows({"walk": ours[:1]})
+    assert (before["pass@1 (95%)"], before["pass@8"]) == ("0.281", "0.750")
+    assert (before["every step checks"], before["right responses"]) == ("0.667", "9")
+    assert after["minus untrained's, over seeds"] == "0.250"
+    assert after["minus untrained's, over problems"].startswith("0.250 (")
+    assert after["pass@8 minus untrained's, over seeds"] == "0.000"
 
 
 def test_reach_is_linear_between_evaluations_and_a_lower_bound():
