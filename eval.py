@@ -2,7 +2,7 @@
 
     python eval.py benchmark --model DIR --data gsm8k.jsonl --n 8     # mean@n, pass@k; resumes
     python eval.py benchmark --compare A/results.json B/results.json  # difference of two policies
-    python eval.py localization --data processbench.jsonl     # or problems: on its own failures
+    python eval.py localization --model DIR --data processbench.jsonl   # or on its own failures
     python eval.py self-correct --data chain-12               # resets at test time, and best-of-n
     python eval.py curves RUN_DIR [RUN_DIR...]                # learning curves, results and costs
     python eval.py report RUN_DIR [RUN_DIR...]                # one HTML page, with reset trees
@@ -54,6 +54,7 @@ from data.policies import (
     encode_all,
     encode_prompt,
     load_policy,
+    locate_token,
     longest_sequence,
 )
 from data.problems import Problem, digest
@@ -401,8 +402,9 @@ def locate_failure(task: Task, reference):
     if not failures:
         return None
     seed = failures[0]
-    ((h, _),) = yield from by_self(task, [seed])
-    ((truth, _),) = yield from reference(task, [seed])
+    (named,) = yield from by_self(task, [seed])
+    (found,) = yield from reference(task, [seed])
+    h, truth = named[0], found[0]
     suffixes = []
     if h is not None:
         (suffixes,) = yield [task.request("suffix", 4, seed, h)]
@@ -443,19 +445,24 @@ class Round:
 def command_self_correct(args) -> None:
     """Resets at test time: localize, reset, sample again, until the judge is satisfied.
 
-    Beside it restarts from the prompt (with the verifier as judge: best of rounds + 1); both by
-    round and at equal generated tokens.
+    For comparison it also restarts from the prompt; with the verifier as judge this is best-of-n,
+    n = rounds + 1. It prints both by round, and the restarts at the tokens of the resets.
     """
     if args.temperature == 0:
         raise UserError("self-correct needs --temperature above 0: greedy restarts repeat")
     problems = held_out(args.data, args)
     policy = open_policy(args)
+    if args.judge == "self" and locate_token(policy.tokenizer) is not None:
+        raise UserError(
+            "--judge self needs a policy that can find no error; the embedded one always names a "
+            "thought: give --model, or use --judge verifier"
+        )
     resets = correction_curve(problems, policy, args, reset=True)
     restarts = correction_curve(problems, policy, args, reset=False)
     rows = []
     for k in range(args.rounds + 1):
         equal = "beyond"  # the tokens of resets buy more restarts than were sampled
-        if resets.tokens[k] <= restarts.tokens[-1] + 1e-9:
+        if resets.tokens[k] <= restarts.tokens[-1]:
             equal = f"{np.interp(resets.tokens[k], restarts.tokens, restarts.right.mean(0)):.3f}"
         row = {
             "rounds": k,
@@ -502,7 +509,8 @@ def self_correct(task: Task, rounds: int, judge: str, reset: bool):
     no error. reset: samples again from before the thought that the policy names as its first wrong
     one; otherwise from the prompt, so that rounds + 1 responses are best-of-n.
     """
-    ((response,),) = yield [task.request("base", 1)]
+    (group,) = yield [task.request("base", 1)]
+    response = group[0]
     tokens = response.generated
     trace = [Round(response.reward, tokens)]
     while len(trace) <= rounds:
@@ -518,7 +526,8 @@ def self_correct(task: Task, rounds: int, judge: str, reset: bool):
                 break
             if reset:
                 h = fallback(task, response) if review.h is None else review.h
-        ((response,),) = yield [task.request("suffix", 1, response, h)]
+        (group,) = yield [task.request("suffix", 1, response, h)]
+        response = group[0]
         tokens += response.generated
         trace.append(Round(response.reward, tokens))
     while len(trace) <= rounds:  # it stopped: later rounds change nothing
@@ -630,7 +639,9 @@ def add_sampling(command, problems: int | None, temperature: float) -> None:
     """The options of commands that sample from a policy, with their own two defaults."""
     add = command.add_argument
     add("--model", default="embedded", help="folder or hub id; embedded: data/policy")
-    help = "problems of each file, at most (localization: drawn from labelled data; else 512)"
+    help = (
+        "problems of each file, at most (unset: all; self-correct 256; localization 512 unlabelled)"
+    )
     add("--problems", type=POSITIVE, default=problems, help=help)
     help = "of the responses, or of the reviews in localization; 0 is greedy"
     add("--temperature", type=temperature_of, default=temperature, help=help)

@@ -14,7 +14,7 @@ together.
             continuations; h* is the first thought that lowers the value by more than tau. It reads
             only final rewards, and costs H x m continuations
 
-Departures from the authors' release: an answer that cannot be parsed, is out of range, or says "no
+Departures from the authors' release: an answer that has no readable box, is out of range, or says "no
 error" is counted by its fault, and `--localize_fallback` says what happens then (random: that seed
 becomes RRPO; first: h* = 1; skip: the seed is dropped). It never silently becomes step 1.
 Left out: few-shot prompts, and a vote of several localization answers.
@@ -90,29 +90,31 @@ BOXED_STEP = re.compile(  # the content of a box: 3, Step 3, No. 3, \text{Though
     r"([+-]?[0-9]{1,9})\s{0,9}\}?\s{0,9}\.?",
     re.IGNORECASE,
 )
-# in prose: "the error is in step 3"; in a box: "step 3 is not correct"
-SPOKEN_STEP = re.compile(r"\b(?:step|thought)\s{0,9}#?\s{0,9}([0-9]{1,9})\b", re.IGNORECASE)
-# in a box: "none", "no error"
+# "Step 3 is not correct", but not "step 3 and 4".
+SPOKEN_STEP = re.compile(
+    r"\b(?:step|thought)\s{0,9}#?\s{0,9}([0-9]{1,9})\b(?!\s{0,9}(?:,|-|and|or|to)\s{0,9}[0-9])",
+    re.IGNORECASE,
+)
+# "none", "no error"
 NO_ERROR = re.compile(r"\b(no|none|(?<!not )correct)\b", re.IGNORECASE)
 
 
 def parse_localization(text: str, H: int) -> tuple[int | None, str]:
     """(h*, "self") from an answer, or (None, fault): unparsable, out_of_range or no_error.
 
-    Reads the last `\\boxed{N}`, which may name one step in words; without a box the last "step N"
-    or "thought N". no_error: the policy says 0, -1 or "none".
+    Reads the last `\\boxed{N}`, which may name one step in words; an answer without a box is
+    unparsable. no_error: the policy says 0, -1 or "none".
 
     >>> parse_localization("1: fine. Step 3 drops the sign, so \\\\boxed{3}", H=5)
     (3, 'self')
     """
     boxed = last_boxed(text)
     if boxed is None:
-        numbers = SPOKEN_STEP.findall(text)[-1:]
-    else:
-        found = BOXED_STEP.fullmatch(boxed)
-        numbers = [found[1]] if found else SPOKEN_STEP.findall(boxed)
-        if not numbers and NO_ERROR.search(boxed):
-            return None, "no_error"
+        return None, "unparsable"
+    found = BOXED_STEP.fullmatch(boxed)
+    numbers = [found[1]] if found else SPOKEN_STEP.findall(boxed)
+    if not numbers and NO_ERROR.search(boxed):
+        return None, "no_error"
     if len(numbers) != 1:
         return None, "unparsable"
     h = int(numbers[0])
@@ -124,10 +126,7 @@ def parse_localization(text: str, H: int) -> tuple[int | None, str]:
 
 
 def named_in(answer: Rollout, H: int) -> tuple[int | None, str]:
-    """parse_localization of a sampled answer; cut_off: it was too long, and has no box.
-
-    The last step in the text of such an answer is only the one that it was at.
-    """
+    """parse_localization of a sampled answer; cut_off: it was too long, and has no box."""
     if answer.finish == "length" and last_boxed(answer.text) is None:
         return None, "cut_off"
     return parse_localization(answer.text, H)

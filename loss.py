@@ -14,14 +14,14 @@ the weight of a prompt with two, and one with 5 rollouts 5/8 of one with 8. Flat
 rewards equal) count in N: a step in which most groups are flat is a small step.
 
 From top to bottom this file follows the equation: `set_advantages` gives A_i, `token_weights` gives
-A_i(t) / (|T_i| N), `collate` makes padded tensors, `chosen_logps` gives log pi(y_t | y_<t),
+A_i(t) / (|T_i| N), `collate` makes padded tensors, `body_and_head` gives log pi(y_t | y_<t),
 `surrogate` sums weight times log-prob, and `backward` adds up the gradient.
 
 All weights are known before the first forward. So the gradient does not depend on micro-batches,
 padding, order or the number of processes, and the head (`through_head`) needs its logits only for
 a moment: it runs on one chunk of trained tokens after the other, forward and backward, and the
 [tokens, vocabulary] logits of a step never exist at once. torch's own chunked head,
-`torch.nn.functional.linear_cross_entropy`, has no weight for each token and returns no log-probs.
+`torch.nn.functional.linear_cross_entropy`, gives no entropies, and takes a matrix, no module.
 
 Left out: a KL term and a reference model, as in the paper. Importance ratios other than the clipped
 surrogate (`--clip`, the paper's ablation, with the sampler's log-probs as the old policy's).
@@ -233,7 +233,7 @@ def padded(rows: list[list], value, side: str = "right") -> torch.Tensor:
 # --------------------------------------------------------------------------------------- log-probs
 
 
-def chosen_logps(model, batch: Batch, cfg) -> tuple[torch.Tensor, "Scored"]:
+def body_and_head(model, batch: Batch, cfg) -> tuple[torch.Tensor, "Scored"]:
     """Runs the body, then the head forward and backward: (hidden states [M, D], `Scored`).
 
     The body runs on context and tokens; the hidden state one position before each trained token
@@ -268,7 +268,7 @@ class Scored:
     logps: torch.Tensor  # [M] nats
     entropies: torch.Tensor  # [M] of the whole next-token distribution, nats
     loss: torch.Tensor  # the batch's part of L, a scalar
-    slope: torch.Tensor  # [M, D] the derivative of the loss with respect to the hidden states
+    hidden_grad: torch.Tensor  # [M, D] of the loss with respect to the hidden states
 
 
 CHUNK = {"cpu": 256, "cuda": 4096}  # tokens; on a CPU larger logits get new memory each time
@@ -281,18 +281,18 @@ def through_head(head, hidden: torch.Tensor, chosen: Tokens, cfg) -> Scored:
     chunk (tokens; 0: see CHUNK).
     """
     chunk = cfg.chunk or CHUNK[hidden.device.type]
-    logps, entropies, losses, slopes = [], [], [], []
-    for h, tokens in zip(hidden.detach().split(chunk), chosen.split(chunk)):
-        h.requires_grad_()  # the backward stops here: that of the body runs once, for all chunks
-        logp, entropy = score(head, h, tokens.ids, cfg.temperature)
+    logps, entropies, losses, grads = [], [], [], []
+    for part, tokens in zip(hidden.detach().split(chunk), chosen.split(chunk)):
+        part.requires_grad_()  # the backward stops here: that of the body runs once, for all chunks
+        logp, entropy = score(head, part, tokens.ids, cfg.temperature)
         loss = surrogate(logp, tokens, cfg.clip, cfg.off_policy_shape)
         loss.backward()  # frees the logits of this chunk
         logps.append(logp.detach())
         entropies.append(entropy)
         losses.append(loss.detach())
-        slopes.append(h.grad)
+        grads.append(part.grad)
     loss = torch.stack(losses).sum()
-    return Scored(torch.cat(logps), torch.cat(entropies), loss, torch.cat(slopes))
+    return Scored(torch.cat(logps), torch.cat(entropies), loss, torch.cat(grads))
 
 
 def score(head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float):
@@ -337,12 +337,12 @@ def backward(
     over this process's tokens.
     """
     # The method of a sharded model gathers its parameters; see data/parallel.py.
-    logps_of = getattr(model, "chosen_logps", None) or partial(chosen_logps, model)
+    run = getattr(model, "body_and_head", None) or partial(body_and_head, model)
     sums = Sums()
     for part in micro_batches(items, cfg.micro_batch, rank, ranks):
         batch = collate(part, pad_id).to(device)
-        hidden, scored = logps_of(batch, cfg)
-        hidden.backward(scored.slope)  # the chain rule, from where `through_head` stopped
+        hidden, scored = run(batch, cfg)
+        hidden.backward(scored.hidden_grad)  # the chain rule, from where `through_head` stopped
         sums.add(sums_of(scored, batch.chosen))
     return sums
 
@@ -361,7 +361,7 @@ def micro_batches(items: list[Weighted], size: int, rank: int, ranks: int) -> li
         return item.own_length, len(item.context), item.rollout.group
 
     def cost(order):
-        return sum(computed(order[at : at + size]) for at in range(0, len(order), size))
+        return sum(tokens_run(order[at : at + size]) for at in range(0, len(order), size))
 
     items = min(sorted(items, key=by_context), sorted(items, key=by_length), key=cost)
     mine = []
@@ -377,7 +377,7 @@ def micro_batches(items: list[Weighted], size: int, rank: int, ranks: int) -> li
     return mine
 
 
-def computed(part: list[Weighted]) -> int:
+def tokens_run(part: list[Weighted]) -> int:
     """Tokens that a micro-batch runs, padding included: its distinct contexts, then its rows."""
     contexts = {item.context for item in part}
     longest = max(item.own_length for item in part)

@@ -106,9 +106,9 @@ class Rollout:
     def searched(self) -> bool:
         """Whether it is trained as a sample of a state that it was not sampled from.
 
-        Its first tokens are an earlier rollout's, chosen because that one was wrong after them: it
-        is off-policy in rollouts.jsonl. This step's policy sampled these tokens all the same, so
-        `gap_prefix` compares the engines on them.
+        Its first tokens are an earlier rollout's, chosen because that one was wrong after them, so
+        rollouts.jsonl calls it off-policy. loss.Tokens does not: this step's policy sampled these
+        tokens, too, so `gap_prefix` compares the engines on them.
         """
         return self.trained_from is not None and self.trained_from < self.prefix_len
 
@@ -216,8 +216,10 @@ class Task:
         whole response, after its end-of-text if it has one. prompt_ids: of a later turn, as `reply`
         makes them (default: the seed's prompt, or x0). A request without room is answered by []
         (counter no_room).
-        Raises ValueError if h is outside 1..H+1.
+        Raises ValueError if h is outside 1..H+1, or given without a seed.
         """
+        if seed is None and (h != 1 or how is not None):
+            raise ValueError("h and how belong to a seed; give the seed, too")
         cfg = self.cfg
         if prompt_ids is None:
             prompt_ids = self.prompt_ids if seed is None else seed.prompt_ids
@@ -426,7 +428,8 @@ def walk(task: Task) -> Program:
         if not found:  # --localize_fallback skip
             break
         reset = found[0]
-        ((in_hand,),) = yield [task.request("walk", 1, reset.seed, reset.h, reset.how)]
+        (group,) = yield [task.request("walk", 1, reset.seed, reset.h, reset.how)]
+        in_hand = group[0]
         rounds += 1
     if task.failed(in_hand):
         counters["walk_failed"] += 1
@@ -482,10 +485,10 @@ class Engine:
     yet graded. A method whose body is `...` does nothing; an engine overrides those that it needs.
     """
 
-    streams = False  # can `finished` give some requests while others are still sampled?
-    share, shares = 0, 1  # it runs programs share, share + shares, share + 2 shares, ...
-    reports = True  # whether this process reports its programs: with --tp one of each group does
-    lockstep = False  # do several processes share it, and run the same programs?
+    streams = False  # True: `finished` returns some requests while it still samples others
+    share, shares = 0, 1  # it runs every `shares`-th program, from number `share` on
+    reports = True  # False: another process of its --tp group hands in the results of both
+    lockstep = False  # True: several processes share it, and run the same programs
 
     def __init__(self):
         self.tickets = 0

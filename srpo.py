@@ -73,7 +73,7 @@ from data.tasks import GENERATED, load_problems
 from data.verifiers import DELIMITER, KINDS, check_machine
 from eval import evaluate
 from localize import LOCALIZERS, check_localizer
-from loss import backward, chosen_logps, set_advantages, weigh
+from loss import backward, body_and_head, set_advantages, weigh
 from rollout import PROGRAMS, Engine, Rollout, Task, make_engine, records_of
 
 # torch warns when a single process saves a checkpoint; that is intended here
@@ -222,20 +222,22 @@ UNNAMED = (
 # On --resume these may change: what a step computes stays the same, up to rounding.
 MAY_CHANGE = (
     "steps resume eval_every save_every rollouts_every "
-    "micro_batch chunk max_rows engine_memory grad_checkpointing allow_changes tracker"
+    "micro_batch chunk max_rows engine_memory tp grad_checkpointing allow_changes tracker"
 ).split()
+# These never: they set the defaults of others.
+NEVER_CHANGE = ("method", "split")
 
 
-@dataclass
-class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order of the groups
+@dataclass  # which reads the bases from the last one to the first
+class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, MethodSettings):
     """Every setting of a run. `python srpo.py --help` prints them."""
 
     def resolve(self) -> "Config":
         """Fills in the defaults that depend on other settings, and checks all of them."""
         if Path(policies.policy_source(self.model)).resolve() == policies.EMBEDDED:
             self.model = "embedded"
-        resets = self.method in ("srpo", "rrpo")
-        base, prefixes, suffixes = SPLITS[self.split] if resets else (8, 0, 0)
+        has_split = self.method in ("srpo", "rrpo")
+        base, prefixes, suffixes = SPLITS[self.split] if has_split else (8, 0, 0)
         if self.method == "walk":
             base = 4  # and 4 more where their rewards differ
         self.base = base if self.base is None else self.base
@@ -256,9 +258,22 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
     def check(self) -> None:
         """Raises UserError for settings that cannot work."""
         check_settings(self)
-        if self.method in ("grpo", "walk") and self.prefixes:
+        if self.method in ("grpo", "walk") and (self.prefixes or self.suffixes):
             raise UserError(
-                f"--method {self.method} has no suffix groups; leave --prefixes out, or use srpo"
+                f"--method {self.method} has no suffix groups; "
+                "leave --prefixes and --suffixes out, or use srpo"
+            )
+        if self.method not in ("srpo", "rrpo") and self.split != "1x4":
+            raise UserError(
+                f"--split is of srpo and rrpo; give --method {self.method} what it reads of "
+                "--base, --prefixes and --suffixes"
+            )
+        if self.method == "grpo" and self.localizer != "self":
+            raise UserError("--method grpo never resets; leave --localizer out, or use srpo")
+        draws_seeds = not self.base or self.seed_source == "fresh"
+        if self.prefixes and draws_seeds and not self.max_seed_draws:
+            raise UserError(
+                "seeds are fresh draws where there is no base group; raise --max_seed_draws"
             )
         if 0 < self.localize_temperature < 0.01:
             raise UserError("--localize_temperature must be 0 (greedy) or at least 0.01")
@@ -282,12 +297,13 @@ class Config(*reversed(GROUPS)):  # reversed: the fields then come in the order 
             )
 
     def name(self) -> str:
-        """The method and every setting that differs from its default: `srpo 1x4 clip=0.2`."""
+        """The method, and every unusual setting that its steps depend on: `srpo 1x4 clip=0.2`."""
         parts = [self.method]
-        if self.prefixes:
-            parts.append(f"{self.prefixes}x{self.suffixes}")
         usual = Config(method=self.method, split=self.split).resolve()
         usual.lr = self.usual_lr()  # the default for this model and this lora_rank
+        if self.prefixes:
+            parts.append(f"{self.prefixes}x{self.suffixes}")
+            usual.prefixes, usual.suffixes = self.prefixes, self.suffixes  # named by now
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in UNNAMED and value != getattr(usual, f.name):
@@ -406,10 +422,15 @@ def update_policy(run: "Training", rollouts: list[Rollout], clock: "Clock") -> U
     return Update(sums, grad_norm)
 
 
-def held_out_pass_rate(run: "Training") -> float:
-    """At training's temperature. Always as step 0: all evaluations use the same random numbers."""
+def held_out(run: "Training") -> dict:
+    """Pass rate on held-out problems, and the faults on the way, for the step line.
+
+    At training's temperature. Always as step 0: all evaluations use the same random numbers.
+    """
+    counters.clear()
     tasks = [run.eval_set.task(run, i, 0, i) for i in range(len(run.eval_set.problems))]
-    return evaluate(tasks, run.engine, run.cfg.eval_samples).pass_rate
+    run.after = evaluate(tasks, run.engine, run.cfg.eval_samples).pass_rate
+    return {"eval_pass_rate": run.after, "eval_counters": dict(counters)}
 
 
 # ------------------------------------------------------------------------------------------ set-up
@@ -514,8 +535,8 @@ def set_up(cfg: Config) -> Training:
 def new_optimizer(parameters: list[torch.nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
     """AdamW with its moments at zero.
 
-    AdamW alone makes them at its first step. A checkpoint before that step would make them by a
-    step of zeros, which counts: the first real update would be a second one, a quarter smaller.
+    torch makes them at the first update. A checkpoint that comes earlier has to make them by an
+    update of zeros, which AdamW counts: the first real one would then be a quarter smaller.
     """
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
     for parameter in parameters:
@@ -601,7 +622,7 @@ def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
         policies.checkpoint_layers(model)
     if sharded:
         dtype = parallel.compute_dtype(cfg.dtype, device)
-        parallel.shard(model, policies.layers_of(model), device, dtype, chosen_logps)
+        parallel.shard(model, policies.layers_of(model), device, dtype, body_and_head)
 
 
 def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> None:
@@ -627,9 +648,9 @@ def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> Non
             f"{run.out_dir}"
         )
     if run.progress.before is None:
-        run.progress.before = run.after = held_out_pass_rate(run)
+        line = {"step": 0, "total_tokens": 0} | held_out(run)
+        run.progress.before = run.after
         if rank() == 0:
-            line = {"step": 0, "total_tokens": 0, "eval_pass_rate": run.after}
             runs.append(run.out_dir / "metrics.jsonl", [line])
             print(f"step 0: held-out pass rate {run.after:.3f}")
 
@@ -644,7 +665,7 @@ def evaluate_log_and_save(run: Training, bar: tqdm, line: dict, last: bool) -> N
     tokens = f"{run.progress.total_tokens / 1e6:.2f} M tokens"
     evaluated = last or (cfg.eval_every and step % cfg.eval_every == 0)
     if evaluated:
-        line["eval_pass_rate"] = run.after = held_out_pass_rate(run)
+        line |= held_out(run)
         say(bar, f"step {step}: held-out pass rate {run.after:.3f}, {tokens} generated")
     if rank() == 0:
         runs.append(run.out_dir / "metrics.jsonl", [line])
@@ -713,6 +734,8 @@ def parse(argv: list[str]) -> Config:
         return cfg.resolve()
     resumed = saved_config(Path(cfg.resume))
     for name in sorted(given(argv)):
+        if name in NEVER_CHANGE and getattr(cfg, name) != getattr(resumed, name):
+            raise UserError(f"--resume {cfg.resume}: --{name} cannot change; start a new run")
         if name in MAY_CHANGE or cfg.allow_changes:
             setattr(resumed, name, getattr(cfg, name))
         elif getattr(cfg, name) != getattr(resumed, name):

@@ -55,7 +55,7 @@ def by_name(folders: list[Path]) -> Named:
 NUMBERS = (
     "eval_pass_rate pass_base pass_suffix localized_exact trained_tokens response_tokens"
 ).split()
-TABLES = ("tokens", "seconds", "counters", "localized", "finish")
+TABLES = ("tokens", "seconds", "counters", "eval_counters", "localized", "finish")
 HUGE = 1e300  # an integer of a file may have thousands of digits, which no float holds
 
 

@@ -3,7 +3,8 @@
 Two ways to report trouble, used by every other file:
   - `UserError` stops the run. Its message is one line; the command prints it, not a traceback.
   - `count(fault)` notes a fault that a run survives: a response without a box, a grading timeout,
-    an unusable localization. `counters` holds the totals; every step line of a run has its share.
+    an unusable localization. `counters` holds the totals; a run writes those of each step, and
+    those of each evaluation.
 
 Left out: logging levels. A fault either stops the run or is counted.
 

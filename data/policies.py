@@ -297,16 +297,27 @@ def locate_token(tokenizer) -> int | None:
 def encode_question(tokenizer, problem: Problem) -> list[int]:
     """Prompt token ids x0. A terse policy reads the bare question, others an instruction too."""
     if locate_token(tokenizer) is not None:
-        return tokenizer(problem.question)["input_ids"]
+        return encode_text(tokenizer, problem.question)
     ending = KINDS[problem.kind].ending
     return encode_prompt(tokenizer, INSTRUCTION.format(question=problem.question, ending=ending))
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of a text. Raises UserError for a word that a terse policy does not know."""
+    ids = tokenizer(text)["input_ids"]
+    if locate_token(tokenizer) is not None and tokenizer.pad_token_id in ids:
+        raise UserError(
+            f"the policy has no tokens for {text[:40]!r}: the embedded one reads chain-12 and its "
+            "like only; give --model"
+        )
+    return ids
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of a user message, through the chat template if there is one."""
     text = without_special_tokens(tokenizer, text)
     if not tokenizer.chat_template:
-        return tokenizer(text)["input_ids"]
+        return encode_text(tokenizer, text)
     message = [{"role": "user", "content": text}]
     try:
         return tokenizer.apply_chat_template(

@@ -49,7 +49,7 @@ from data.parallel import connect, shard, whole  # noqa: E402
 from data.policies import layers_of, load_policy  # noqa: E402
 from data.programs import trained_rollouts  # noqa: E402
 from data.tasks import load_problems  # noqa: E402
-from loss import backward, chosen_logps, collate, set_advantages, weigh  # noqa: E402
+from loss import backward, body_and_head, collate, set_advantages, weigh  # noqa: E402
 from rollout import HFEngine, Rollout, grpo, make_tasks  # noqa: E402
 from srpo import Config, parse, prepare, set_up, tasks_of_step, update_policy  # noqa: E402
 from tests.speed import Span, multiply, operations  # noqa: E402
@@ -115,7 +115,7 @@ def check_shards(report: Report, out: Path) -> None:
     backward(model, items, tokenizer.pad_token_id, cfg, device)
     exact = {name: p.grad.clone() for name, p in model.named_parameters()}
     model, _ = load_policy("embedded")
-    shard(model, layers_of(model), device, torch.bfloat16, chosen_logps)
+    shard(model, layers_of(model), device, torch.bfloat16, body_and_head)
     backward(model, items, tokenizer.pad_token_id, cfg, device)
     worst = 0.0
     for name, p in model.named_parameters():
@@ -161,7 +161,7 @@ def gap_to_trainer(model, rollouts: list[Rollout], pad_id: int) -> float:
         rollout.advantages = [1.0] * len(rollout.thought_ends)
     cfg = Config().resolve()
     batch = collate(weigh(rollouts, cfg), pad_id).to(model.device)
-    _, scored = chosen_logps(model, batch, cfg)
+    _, scored = body_and_head(model, batch, cfg)
     return (scored.logps - batch.chosen.old_logps).abs().mean().item()
 
 

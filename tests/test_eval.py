@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_english import folder as reader  # noqa: F401  (the fixture: a model that reads text)
 from test_verifiers import Words
 
 import eval as evaluation
@@ -521,9 +522,11 @@ def test_a_sample_of_labelled_solutions_keeps_the_shares():
     assert len(numbers) == 15 and numbers == sorted(numbers) and max(numbers) > 15
 
 
-def test_localization_command_on_labelled_solutions(tmp_path, capsys):
+def test_localization_command_on_labelled_solutions(reader, tmp_path, capsys):  # noqa: F811
     write_lines(tmp_path / "p.jsonl", SORTED)
     data = ["--engine", "hf", "--data", str(tmp_path / "p.jsonl"), "--localize_tokens", "4"]
+    assert "the policy has no tokens for" in refused("localization", *data)  # the embedded one
+    data += ["--model", str(reader)]
     evaluation.main(["localization", *data, "--problems", "8"])
     printed = capsys.readouterr().out
     assert "solutions: 8 of 400; fewer than all are drawn by --seed" in printed
@@ -735,10 +738,14 @@ def test_self_judged_correction_ends_where_no_error_is_seen(policy, monkeypatch)
     assert trace[-1].tokens == sum(r.generated for r in sampled.generated)
 
 
-def test_self_correct_command(capsys):
-    flags = "--engine hf --problems 8 --rounds 1 --data chain-4 --judge self"
-    evaluation.main(["self-correct", *flags.split()])
+def test_self_correct_command(reader, capsys):  # noqa: F811
+    chains = "--engine hf --problems 8 --rounds 1 --data chain-4".split()
+    evaluation.main(["self-correct", *chains])
     assert "| 1 |" in capsys.readouterr().out
+    short = "--max_thoughts 2 --max_tokens_per_thought 4 --localize_tokens 4".split()
+    evaluation.main(["self-correct", *chains, "--judge", "self", "--model", str(reader), *short])
+    assert "judge: self" in capsys.readouterr().out
+    assert "always names a thought" in refused("self-correct", *chains, "--judge", "self")
     assert "--temperature above 0" in refused("self-correct", "--temperature", "0")
 
 

@@ -35,9 +35,11 @@ from rollout import Rollout, Task, grouped, resets
         (r"\boxed{Step 2}", (2, "self")),
         (r"\boxed{\text{2}}", (2, "self")),
         (r"\boxed{thought 5.}", (5, "self")),
-        (r"Step 4 is fine, step 5 is wrong, \boxed{5", (5, "self")),
-        ("The error is in Step 2.", (2, "self")),
-        ("step 1 ok; Thought 3 wrong", (3, "self")),
+        (r"Step 4 is fine, step 5 is wrong, \boxed{5", (None, "unparsable")),
+        ("The error is in Step 2.", (None, "unparsable")),
+        ("I find no error in step 2.", (None, "unparsable")),
+        (r"\boxed{Thought 3 and 4}", (None, "unparsable")),
+        (r"\boxed{Thought 3: 4 + 5 = 8}", (3, "self")),
         (r"\boxed{0}", (None, "no_error")),
         (r"\boxed{-1}", (None, "no_error")),
         (r"\boxed{none}", (None, "no_error")),
@@ -166,10 +168,10 @@ def test_the_largest_drop_where_none_is_below_tau():
 
 
 def test_an_answer_that_is_cut_off_names_no_step():
-    """Without a box its last step is only the one that it was at."""
+    """It has a fault of its own: more --localize_tokens may mend it."""
     text = "[Thought 1] right [Thought 2] ri"
     assert named_in(rollout_of([1], "length", text), H=5) == (None, "cut_off")
-    assert named_in(rollout_of([1], "eos", text), H=5) == (2, "self")
+    assert named_in(rollout_of([1], "eos", text), H=5) == (None, "unparsable")
     assert named_in(rollout_of([1], "length", text + r" \boxed{4}"), H=5) == (4, "self")
 
 

@@ -27,7 +27,7 @@ from loss import (
     Tokens,
     Weighted,
     backward,
-    chosen_logps,
+    body_and_head,
     collate,
     hidden_of_rows,
     micro_batches,
@@ -199,8 +199,8 @@ def test_a_trained_token_without_advantage_is_in_the_batch(letters, monkeypatch)
 
     monkeypatch.setattr(loss, "surrogate", of_fork)
     letters.model.zero_grad()
-    hidden, scored = chosen_logps(letters.model, batch, settings())
-    hidden.backward(scored.slope)
+    hidden, scored = body_and_head(letters.model, batch, settings())
+    hidden.backward(scored.hidden_grad)
     assert torch.allclose(scored.logps, exact, atol=1e-5)
     assert_close(torch.cat([p.grad.flatten() for p in letters.model.parameters()]), expected)
 
@@ -622,8 +622,8 @@ def test_gradient_does_not_depend_on_padding(policy, step, reference, pad_id, ex
     )
 
     def compute():
-        hidden, scored = chosen_logps(policy.model, longer, settings())
-        hidden.backward(scored.slope)
+        hidden, scored = body_and_head(policy.model, longer, settings())
+        hidden.backward(scored.hidden_grad)
 
     assert_same(gradients(policy, compute), reference)
 
@@ -820,7 +820,7 @@ def test_the_head_in_chunks_is_plain_autograd(clip, shape, chunk):
     assert torch.allclose(scored.loss, expected)
     assert torch.allclose(scored.logps, logps, atol=1e-6)
     assert torch.allclose(scored.entropies, -(whole.exp() * whole).sum(-1), atol=1e-6)
-    for found, gradient in zip([scored.slope, head.weight.grad, head.bias.grad], wanted):
+    for found, gradient in zip([scored.hidden_grad, head.weight.grad, head.bias.grad], wanted):
         assert torch.allclose(found, gradient, atol=1e-6)
 
 

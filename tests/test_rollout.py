@@ -35,7 +35,7 @@ from data.programs import trained_rollouts
 from data.thoughts import ThoughtTracker, Vocabulary
 from data.verifiers import DELIMITER
 from localize import by_random, by_verifier
-from loss import Weighted, chosen_logps, collate
+from loss import Weighted, body_and_head, collate
 from rollout import (
     Engine,
     HFEngine,
@@ -394,7 +394,7 @@ def trainer_logps(model, rollouts, temperature=1.0):
         n = len(rollout.token_ids)
         items.append(Weighted(rollout, [1.0] * n, [True] * n))
     batch = collate(items, pad_id=0)
-    _, scored = chosen_logps(model, batch, settings(temperature=temperature))
+    _, scored = body_and_head(model, batch, settings(temperature=temperature))
     return scored.logps, batch.chosen.old_logps
 
 
@@ -614,6 +614,8 @@ def test_a_thought_that_is_not_there_is_an_error(policy, beyond):
         task.request("again", 1, seed, h)
     with pytest.raises(ValueError, match=f"has reset states 1 to {H + 1}"):
         seed.prefix(h)
+    with pytest.raises(ValueError, match="give the seed, too"):
+        task.request("again", 1, h=2)
 
 
 def test_a_request_without_room_is_answered_by_nothing(policy):

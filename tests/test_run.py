@@ -258,8 +258,11 @@ def test_code_problems_need_a_sandbox(tmp_path, capsys, untouched, monkeypatch):
 
     run_here(*flags, "--out_dir", tmp_path / "run")
     assert "sandbox: bubblewrap, seccomp" in capsys.readouterr().out
-    last = lines_of(tmp_path / "run" / "metrics.jsonl")[-1]
+    before, last = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert last["counters"]["no_code"] > 0  # the embedded policy does not write programs
+    # All responses to 2 held-out problems, and nothing of the step between.
+    samples = 2 * srpo.parse([str(flag) for flag in flags]).eval_samples
+    assert before["eval_counters"] == last["eval_counters"] == {"no_code": samples}
 
     monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap there
     line = refused(capsys, *flags, "--out_dir", untouched)
@@ -426,6 +429,7 @@ def name_with(flags):
         ("", "srpo 1x4"),
         ("--clip 0.2", "srpo 1x4 clip=0.2"),
         ("--split 2x4", "srpo 2x4"),
+        ("--prefixes 3", "srpo 3x4"),
         ("--method rrpo", "rrpo 1x4"),
         ("--method grpo", "grpo"),
     ],
@@ -602,6 +606,13 @@ def write_bad_inputs(folder):
         ("--top_p 1.5", "--top_p must be above 0 and at most 1, not 1.5"),
         ("--prefixes -1", "--prefixes must be at least 0"),
         ("--method grpo --base 1", "at least 2 trained rollouts"),
+        ("--method grpo --prefixes 1", "has no suffix groups"),
+        ("--method walk --suffixes 4", "has no suffix groups"),
+        ("--method grpo --split 2x4", "--split is of srpo and rrpo"),
+        ("--method grpo --localizer oracle", "grpo never resets"),
+        ("--split 2x4 --max_seed_draws 0", "raise --max_seed_draws"),
+        ("--seed_source fresh --max_seed_draws 0", "raise --max_seed_draws"),
+        ("--train_data english-3 --eval_data english-3", "the policy has no tokens for"),
         ("--method rrpo --localizer verifier", "rrpo resets at random"),
         ("--train_data {tmp}/good.jsonl --localizer verifier", "needs a step checker"),
         ("--tp 2", "--tp 2 must divide the number of processes, 1"),

@@ -309,6 +309,13 @@ def test_edited_settings(capsys, run):
     assert group["lr"] == 1e-4
 
 
+@pytest.mark.parametrize("change", ["--method grpo", "--split 2x4"])
+def test_method_and_split_stay(capsys, run, change):
+    """They set the defaults of other settings, which the run has by now."""
+    line = refused(capsys, "--resume", run, *change.split(), "--allow_changes", "true")
+    assert "cannot change; start a new run" in line and "\n" not in line
+
+
 def test_steps_of_a_resume_are_remembered(capsys, run):
     run_here("--resume", run, "--steps", "4")
     shutil.rmtree(run / "checkpoints" / "step_4")
