@@ -14,9 +14,9 @@ together.
             continuations; h* is the first thought that lowers the value by more than tau. It reads
             only final rewards, and costs H x m continuations
 
-Departures from the authors' release: an answer that has no readable box, is out of range, or says "no
-error" is counted by its fault, and `--localize_fallback` says what happens then (random: that seed
-becomes RRPO; first: h* = 1; skip: the seed is dropped). It never silently becomes step 1.
+Departures from the authors' release: an answer that has no readable box, is out of range, or says
+"no error" is counted by its fault, and `--localize_fallback` says what happens then (random: that
+seed becomes RRPO; first: h* = 1; skip: the seed is dropped). It never silently becomes step 1.
 Left out: few-shot prompts, and a vote of several localization answers.
 
 Try it alone:  python localize.py    # the embedded policy reviews its failures, beside the truth

@@ -258,6 +258,18 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
     def check(self) -> None:
         """Raises UserError for settings that cannot work."""
         check_settings(self)
+        self.check_groups()
+        self.check_resets()
+        if 0 < self.localize_temperature < 0.01:
+            raise UserError("--localize_temperature must be 0 (greedy) or at least 0.01")
+        if processes() % self.tp:
+            raise UserError(
+                f"--tp {self.tp} must divide the number of processes, {processes()}; "
+                "start more with torchrun --nproc_per_node"
+            )
+
+    def check_groups(self) -> None:
+        """The sizes of groups must fit the method."""
         if self.method in ("grpo", "walk") and (self.prefixes or self.suffixes):
             raise UserError(
                 f"--method {self.method} has no suffix groups; "
@@ -268,15 +280,6 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
                 f"--split is of srpo and rrpo; give --method {self.method} what it reads of "
                 "--base, --prefixes and --suffixes"
             )
-        if self.method == "grpo" and self.localizer != "self":
-            raise UserError("--method grpo never resets; leave --localizer out, or use srpo")
-        draws_seeds = not self.base or self.seed_source == "fresh"
-        if self.prefixes and draws_seeds and not self.max_seed_draws:
-            raise UserError(
-                "seeds are fresh draws where there is no base group; raise --max_seed_draws"
-            )
-        if 0 < self.localize_temperature < 0.01:
-            raise UserError("--localize_temperature must be 0 (greedy) or at least 0.01")
         if self.prefixes and self.suffixes < 2:
             raise UserError(f"--suffixes must be at least 2, not {self.suffixes}: it is a group")
         # A walk adds the second rollout of a group.
@@ -285,16 +288,19 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
             raise UserError(
                 f"a prompt needs at least {fewest} trained rollouts; raise --base or --prefixes"
             )
+
+    def check_resets(self) -> None:
+        """A method that resets needs seeds, and its localizer."""
+        if self.method == "grpo" and self.localizer != "self":
+            raise UserError("--method grpo never resets; leave --localizer out, or use srpo")
         if self.method == "rrpo" and self.localizer != "random":
             raise UserError(
                 "--method rrpo resets at random; "
                 f"use --method srpo with --localizer {self.localizer}"
             )
-        if processes() % self.tp:
-            raise UserError(
-                f"--tp {self.tp} must divide the number of processes, {processes()}; "
-                "start more with torchrun --nproc_per_node"
-            )
+        only_fresh = not self.base or self.seed_source == "fresh"
+        if self.prefixes and only_fresh and not self.max_seed_draws:
+            raise UserError("--max_seed_draws 0: there is no other seed; raise it, or --base")
 
     def name(self) -> str:
         """The method, and every unusual setting that its steps depend on: `srpo 1x4 clip=0.2`."""
