@@ -300,7 +300,7 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
             )
         only_fresh = not self.base or self.seed_source == "fresh"
         if self.prefixes and only_fresh and not self.max_seed_draws:
-            raise UserError("--max_seed_draws 0: there is no other seed; raise it, or --base")
+            raise UserError("--max_seed_draws 0: then there is no seed; raise it")
 
     def name(self) -> str:
         """The method, and every unusual setting that its steps depend on: `srpo 1x4 clip=0.2`."""
