@@ -101,7 +101,13 @@ def command_signal(args) -> None:
         raise UserError(f"--repeats must be at least 2, not {args.repeats}, to measure any noise")
     policy = open_policy(args.model)
     # Generated problems of these seeds are held out: training uses seeds below 10**6.
-    problems = load_problems(args.data, seed=10**6 + args.seed, n=args.repeats * args.prompts)
+    n = args.repeats * args.prompts
+    problems = load_problems(args.data, seed=10**6 + args.seed, n=n)
+    if len(problems) < n:
+        raise UserError(
+            f"{args.data} has {len(problems)} problems, not {n}: each of --repeats takes --prompts "
+            "of its own; lower one of them"
+        )
     for name in args.variants:
         check_localizer(settings_of(name, args.model).localizer, problems, args.data)
 
@@ -140,8 +146,6 @@ def sample_gradients(
     for repeat in tqdm(range(args.repeats), desc=name, unit="step", leave=False, disable=None):
         start = repeat * args.prompts
         chosen = problems[start : start + args.prompts]
-        if not chosen:  # a file with too few problems
-            chosen = problems[: args.prompts]
         sampled = sample_step(policy, chosen, cfg, rng_key=[rng_seed, repeat])
         steps.append(step_gradient(policy, sampled, cfg, normalize))
     return steps

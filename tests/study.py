@@ -540,7 +540,8 @@ def best_rate(arm: str, results: list[Result]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=run_slices.__doc__)
+    listed = f"slices: {', '.join(SLICES)}"
+    parser = argparse.ArgumentParser(description=run_slices.__doc__, epilog=listed)
     parser.add_argument("slices", nargs="+", choices=SLICES, metavar="slice")
     parser.add_argument("--lines", type=Path, default=LINES, help="where the results are kept")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")

@@ -82,14 +82,15 @@ def between(before: float, after: float, part: float) -> float:
     return before + part * (after - before)
 
 
-def rate_at(result: Result, tokens: float) -> float:
-    """The held-out pass rate when so many tokens are generated, linear between evaluations."""
-    return float(np.interp(tokens, column(result, "generated"), column(result, "pass_rate")))
+def rates_at_equal(what: str, a: Result, b: Result) -> tuple[float, float]:
+    """Held-out pass rates when both have spent what the cheaper run has at its end.
 
-
-def equal_tokens(a: Result, b: Result) -> int:
-    """What the run that generated less has generated at its end."""
-    return min(a.curve[-1].generated, b.curve[-1].generated)
+    Linear between evaluations. what: as in `column`, such as generated tokens, or cpu.
+    """
+    spent = min(column(a, what)[-1], column(b, what)[-1])
+    rate_a = np.interp(spent, column(a, what), column(a, "pass_rate"))
+    rate_b = np.interp(spent, column(b, what), column(b, "pass_rate"))
+    return float(rate_a), float(rate_b)
 
 
 def column(result: Result, name: str) -> np.ndarray:
@@ -186,12 +187,24 @@ class Pair:
         """Pass@8 of the first minus that of the second. Every run must have a benchmark."""
         return Compared([a.pass_at_8 - b.pass_at_8 for a, b in self.matched()])
 
-    def at_equal_tokens(self) -> Compared:
-        """The same along training, where the arm that spent less has ended."""
+    def at_8_over_problems(self) -> Interval:
+        """The same as `over_problems` does it: one is a problem that only the first solves."""
+        differences = []  # [seeds x problems]
+        for a, b in self.matched():
+            for ours, theirs in zip(a.right, b.right, strict=True):
+                differences.append(float(ours > 0) - float(theirs > 0))
+        return interval(differences, resamples=10_000)
+
+    def at_equal(self, what: str) -> Compared:
+        """The same along training, where the arm that spent less has ended. what: generated or cpu.
+
+        Runs whose CPU seconds are unknown do not count there.
+        """
         differences = []
         for a, b in self.matched():
-            tokens = equal_tokens(a, b)
-            differences.append(rate_at(a, tokens) - rate_at(b, tokens))
+            rate_a, rate_b = rates_at_equal(what, a, b)
+            if not np.isnan(rate_a):
+                differences.append(rate_a - rate_b)
         return Compared(differences)
 
     def over_problems(self) -> Interval:
@@ -304,7 +317,8 @@ def comparison(pair: Pair, usual: str) -> dict[str, str]:
         difference += f"; {usual} after {max(lengths)}"
     return {
         f"minus {usual}'s": difference,
-        "at equal tokens": str(pair.at_equal_tokens()),
+        "at equal tokens": str(pair.at_equal("generated")),
+        "at equal CPU s": str(pair.at_equal("cpu")),
         f"{usual}'s steps / its": str(pair.saving("steps")),
         f"{usual}'s tokens / its": str(pair.saving("tokens")),
         f"{usual}'s CPU s / its": str(pair.saving("cpu")),
@@ -373,7 +387,10 @@ def benchmark_row(
         over_problems = between_ends(pair.over_problems()) if pair.matched() else ""
         row[f"minus {other}'s, over problems"] = over_problems
     row["pass@8"] = mean_of_known([one.pass_at_8 for one in mine])
-    row["pass@8 minus untrained's, over seeds"] = str(Pair(mine, others["untrained"]).at_8())
+    pair = Pair(mine, others["untrained"])
+    row["pass@8 minus untrained's, over seeds"] = str(pair.at_8())
+    over_problems = between_ends(pair.at_8_over_problems()) if pair.matched() else ""
+    row["pass@8 minus untrained's, over problems"] = over_problems
     row["right responses"] = f"{right:,}"
     row["every step checks"] = share_of(sum(one.certified for one in mine), right)
     texts = share_of(sum(one.distinct for one in mine), solved)
@@ -435,7 +452,8 @@ class Claim:
     first: str
     second: str
     table: str = "chain-12"
-    # end, equal tokens: the difference of pass rates there. steps, tokens: the ratio until 0.3.
+    # end, equal tokens, equal CPU s: the difference of pass rates there.
+    # steps, tokens: the ratio until 0.3.
     by: str = "end"
     low: float = 0.0
     high: float = np.inf
@@ -462,6 +480,11 @@ def primaries(name: str, arm: str) -> list[Claim]:
 CLAIMS = [
     *primaries("SRPO", "srpo"),
     *primaries("ours: the walk", "walk"),
+    Claim("SRPO's 60 steps end above GRPO's 120", "srpo", "grpo", HARD),
+    Claim("ours: the walk's 60 steps end above GRPO's 120", "walk", "grpo", HARD),
+    Claim("ours: the walk is above GRPO at equal CPU seconds", "walk", "grpo", by="equal CPU s"),
+    Claim("... both clipped", "walk clipped twice", "grpo clipped twice", by="equal CPU s"),
+    Claim("... on the hard set", "walk", "grpo", HARD, "equal CPU s"),
     Claim("SRPO ends above RRPO", "srpo", "rrpo"),
     Claim("RRPO ends within 0.05 of GRPO", "rrpo", "grpo", low=-0.05, high=0.05),
     Claim("SRPO needs half of GRPO's steps or fewer (times)", "srpo", "grpo", by="steps", low=2),
@@ -505,7 +528,9 @@ def claim_rows(results: list[Result]) -> list[dict]:
                 "claim": f"**{claim.text}**" if claim.primary else claim.text,
                 "runs": claim.table,
                 "measured (95%)": str(compared),
-                "verdict": "neither learns" if neither_learns(pair) else verdict(compared, claim),
+                "verdict": "neither learns"
+                if neither_learns(pair, claim)
+                else verdict(compared, claim),
             }
         )
     return rows
@@ -515,7 +540,9 @@ def measured(claim: Claim, pair: Pair) -> Compared:
     if claim.by == "end":
         return pair.difference()
     if claim.by == "equal tokens":
-        return pair.at_equal_tokens()
+        return pair.at_equal("generated")
+    if claim.by == "equal CPU s":
+        return pair.at_equal("cpu")
     return pair.saving(claim.by)
 
 
@@ -524,27 +551,35 @@ NEAR = 1.15  # a ratio of costs, either way: within them two arms do not differ
 
 
 def verdict(compared: Compared, claim: Claim) -> str:
-    """Whether the interval lies inside the claim's bounds, outside, or across one of them."""
+    """Whether the interval lies inside the claim's bounds, outside, or across one of them.
+
+    "no difference" comes before the others, by the plan: two arms are alike within small bounds.
+    """
     if len(compared.values) < 3:
         return "undecided"
     _, low, high = compared.interval()
+    alike = (1 / NEAR, NEAR) if compared.is_ratio else (-SMALL, SMALL)
+    claims_more = claim.high == np.inf  # than that they are alike
+    if claims_more and alike[0] < low and high < alike[1]:
+        return "no difference"
     if claim.low < low and high <= claim.high:
         return "seen here"
     if high < claim.low or low > claim.high:
         return "not so here"
-    alike = (1 / NEAR, NEAR) if compared.is_ratio else (-SMALL, SMALL)
-    return "no difference" if alike[0] < low and high < alike[1] else "undecided"
+    return "undecided"
 
 
 FLOOR = 0.02  # pass rate
 
 
-def neither_learns(pair: Pair) -> bool:
-    """Whether no run of the two is off the floor when the shorter of its pair ends."""
+def neither_learns(pair: Pair, claim: Claim) -> bool:
+    """Whether no run of the two is off the floor: at its end, or where the claim compares earlier,
+    when the shorter of its pair ends."""
     rates = []
     for a, b in pair.matched():
-        tokens = equal_tokens(a, b)
-        rates += [rate_at(a, tokens), rate_at(b, tokens)]
+        rates += (
+            [a.pass_rate, b.pass_rate] if claim.by == "end" else rates_at_equal("generated", a, b)
+        )
     return max(rates) < FLOOR
 
 
