@@ -247,6 +247,8 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
             self.localizer = "random" if self.method == "rrpo" else "self"
         if self.lr is None:
             self.lr = self.usual_lr()
+        if self.dtype is None:
+            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         self.check()
         return self
 
@@ -504,7 +506,9 @@ def set_up(cfg: Config) -> Training:
     policies.check_head(model, cfg.model)
     policies.check_saving(model, tokenizer, cfg.model)
     longest = policies.longest_sequence(model, cfg.model)
-    context = min(cfg.context or longest, longest)
+    context = cfg.context or longest
+    if context > longest:
+        raise UserError(f"--context {context}: the model takes {longest} tokens at most")
     train_prompts = policies.encode_all(tokenizer, train_problems, context, cfg.train_data)
     eval_prompts = policies.encode_all(tokenizer, eval_problems, context, cfg.eval_data)
     policy = policies.fingerprint(model, tokenizer)
@@ -658,6 +662,8 @@ def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> Non
         run.progress.before = run.after
         if rank() == 0:
             runs.append(run.out_dir / "metrics.jsonl", [line])
+            if run.tracker:
+                run.tracker.log(line, step=0)
             print(f"step 0: held-out pass rate {run.after:.3f}")
 
 

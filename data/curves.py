@@ -1,6 +1,7 @@
 """Curves, tables and statistics of what was measured: training runs and benchmarks.
 
-Runs with the same name differ only in their random seed: they share one curve and one table row.
+Runs with the same name and number of steps differ only in their random seed: they share one curve
+and one table row.
 Intervals over seeds are Student's, over problems normal or bootstrap ones (which say nothing where
 all problems are alike), and those of other shares Wilson's.
 
@@ -42,12 +43,27 @@ POSITIVE, NEGATIVE = "#2166ac", "#b2182b"
 
 
 def by_name(folders: list[Path]) -> Named:
-    """Reads run directories and groups them by name. Raises UserError for one that is no run."""
-    named = {}
-    for folder in folders:
-        run = read_run(Path(folder))
+    """Reads run directories and groups them by name, and by steps where these differ.
+
+    Raises UserError for one that is no run, and for two of one name and seed.
+    """
+    runs = [read_run(Path(folder)) for folder in folders]
+    steps_of = {}  # name -> the numbers of steps that its runs have
+    for run in runs:
         check_run(run)
-        named.setdefault(name_of(run), []).append(run)
+        steps_of.setdefault(name_of(run), set()).add(run.config.get("steps"))
+    named = {}
+    for run in runs:
+        name = name_of(run)
+        if len(steps_of[name]) > 1:
+            name = f"{name} steps={run.config.get('steps')}"
+        for other in named.setdefault(name, []):
+            if other.config.get("seed") == run.config.get("seed"):
+                raise UserError(
+                    f"{other.folder} and {run.folder} are both `{name}` with seed "
+                    f"{run.config.get('seed')}: they are no two samples; leave one out"
+                )
+        named[name].append(run)
     return named
 
 
@@ -179,13 +195,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def spread(values, form: str) -> str:
-    """Mean ± standard deviation over seeds, of those that are not nan (those that got there)."""
+    """Mean ± standard deviation over seeds, of those that are not nan (those that got there).
+
+    Of one value alone: the value."""
     values = np.array(values, float)
     reached = values[~np.isnan(values)]
     if len(reached) == 0:
         return "-"
-    deviation = reached.std(ddof=1) if len(reached) > 1 else 0
-    text = f"{reached.mean():{form}} ± {deviation:{form}}"
+    text = f"{reached.mean():{form}}"
+    if len(reached) > 1:
+        text += f" ± {reached.std(ddof=1):{form}}"
     missing = len(values) - len(reached)
     return f"{text} ({missing} not)" if missing else text
 

@@ -143,13 +143,14 @@ class Driver:
             grade(flight)
         if self.engine.lockstep:
             self.agree([self.in_flight[ticket] for ticket, _ in finished])
-        all_sampled = all(flight.rollouts is not None for flight in self.in_flight.values())
-        none_graded = not any(flight.graded for flight in self.in_flight.values())
+        flights = self.in_flight.values()
         if not self.engine.streams:
             # The next batch is larger if all of these problems go on together.
-            wait_for(self.in_flight.values(), ALL_COMPLETED)
-        elif all_sampled and none_graded:
-            wait_for(self.in_flight.values(), FIRST_COMPLETED)
+            wait_for(flights, ALL_COMPLETED)
+        else:
+            all_sampled = all(flight.rollouts is not None for flight in flights)
+            if all_sampled and not any(flight.graded for flight in flights):
+                wait_for(flights, FIRST_COMPLETED)
         self.seconds["grade"] += perf_counter() - sampled
 
     def agree(self, flights: list[InFlight]) -> None:

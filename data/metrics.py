@@ -242,7 +242,7 @@ class Clock:
 
 
 def load_tracker(package: str | None) -> ModuleType | None:
-    """The package that --tracker names. trackio and wandb have the same init, log and finish."""
+    """The package that --tracker names. trackio's init, log and finish are made like wandb's."""
     if package is None:
         return None
     try:

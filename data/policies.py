@@ -370,15 +370,20 @@ def without_special_tokens(tokenizer, text: str) -> str:
 
 def encode_all(tokenizer, problems: list[Problem], context: int, source: str) -> list[list[int]]:
     """Prompt ids of every problem. Raises UserError where one leaves no room for a response."""
-    prompts = [encode_question(tokenizer, problem) for problem in problems]
-    for problem, ids in zip(problems, prompts):
+    prompts = []
+    for problem in problems:
+        try:
+            ids = encode_question(tokenizer, problem)
+        except UserError as fault:
+            raise UserError(f"{source}, problem {problem.index + 1}: {fault}")
+        prompts.append(ids)
         if not ids:
             raise UserError(
-                f"{source}: the prompt of problem {problem.index} has no tokens; remove it"
+                f"{source}: the prompt of problem {problem.index + 1} has no tokens; remove it"
             )
         if len(ids) >= context:
             raise UserError(
-                f"{source}: the prompt of problem {problem.index} has {len(ids)} tokens, "
+                f"{source}: the prompt of problem {problem.index + 1} has {len(ids)} tokens, "
                 f"the model's context is {context}; remove it"
             )
     return prompts

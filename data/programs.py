@@ -45,7 +45,7 @@ def load_program(method: str) -> Callable:
         else:
             sys.path.append(os.getcwd())
             module = importlib.import_module(source)
-    except (ImportError, OSError, SyntaxError, ValueError) as fault:
+    except (ImportError, OSError, SyntaxError, TypeError, ValueError) as fault:
         raise UserError(f"--method {method}: cannot import it ({type(fault).__name__}: {fault})")
     function = getattr(module, name, None)
     if not inspect.isgeneratorfunction(function):
@@ -62,10 +62,9 @@ def source_of(program: Callable) -> str:
 
 
 def trained_rollouts(method: str, sampled: Sampled) -> list[Rollout]:
-    """What the programs of a step returned, in one list. Raises UserError for what cannot be
-    trained.
+    """What the programs of a step returned, in one list. The others lose their group.
 
-    method: its name, for the message.
+    method: its name, for the message. Raises UserError for what cannot be trained.
     """
     known = {id(rollout) for rollout in sampled.generated}
     rollouts = []
@@ -81,12 +80,24 @@ def trained_rollouts(method: str, sampled: Sampled) -> list[Rollout]:
                 raise UserError(f"--method {method} returned {complaint}")
             known.remove(id(rollout))
         for members in grouped(returned).values():
-            if len({rollout.advantages is None for rollout in members}) > 1:
-                raise UserError(
-                    f"--method {method} set advantages of some rollouts of a group: set all or none"
-                )
+            complaint = complaint_about_group(members)
+            if complaint:
+                raise UserError(f"--method {method} {complaint}")
         rollouts += returned
+    for rollout in sampled.generated:
+        if id(rollout) in known:  # not returned: not trained
+            rollout.group = None
     return rollouts
+
+
+def complaint_about_group(members: list[Rollout]) -> str | None:
+    without = [rollout.advantages is None for rollout in members]
+    if any(without) and not all(without):
+        return "set advantages of some rollouts of a group: set all or none"
+    state = members[0].trained_state()
+    if all(without) and any(rollout.trained_state() != state for rollout in members):
+        return "put two states into one group: give each reset state a group of its own"
+    return None
 
 
 def complaint_about(rollout, known: set[int]) -> str | None:

@@ -43,6 +43,11 @@ def write_report(folders: list[Path], out: Path, megabytes: float) -> None:
     runs = [readable_run(Path(folder)) for folder in folders]
     data = {"notes": [], "runs": [run_for_page(run) for run in runs]}
     room = megabytes * 1e6 - len(page(data)) - NOTE_BYTES
+    if room < 0:
+        raise UserError(
+            f"--megabytes {megabytes:g}: without any tree the page has "
+            f"{megabytes - room / 1e6:.2f} MB already; allow more"
+        )
     n_trees = 0
     for i, (run, shown) in enumerate(zip(runs, data["runs"])):
         trees = reset_trees(run, room / (len(runs) - i))
@@ -74,6 +79,8 @@ CONFIG = {
     "prompts_per_step": int,
     "lr": int | float,
     "clip": int | float,
+    "off_policy_shape": int | float,
+    "length": str,
     "mask_prefix": bool,
 }
 ROLLOUT = {
@@ -89,6 +96,7 @@ ROLLOUT = {
     "thought_ends": list,
     "reward": int | float | None,
     "group": list | None,
+    "advantages": list | None,
     "seed": int | None,
     "reset": int | None,
     "localized": str | None,
@@ -101,8 +109,8 @@ def readable_run(folder: Path) -> Run:
     """Reads a run. Raises UserError where the page cannot show it."""
     run = read_run(folder)
     check_run(run)
-    length = run.config.get("length", "trained")
-    if not has_types(run.config, CONFIG) or length not in ("trained", "response", "step"):
+    lengths = ("trained", "response", "step")
+    if not has_types(run.config, CONFIG) or run.config["length"] not in lengths:
         raise UserError(f"{folder}/config.json: not as srpo.py writes it; restore it")
     return run
 
@@ -127,9 +135,8 @@ def is_rollout(record) -> bool:
         value = record.get(name)
         if value is not None and not (isinstance(value, int) and 0 <= value <= most):
             return False
-    if "advantages" not in record:  # of an older run: one number for all thoughts
-        return has_types(record, {"advantage": int | float | None})
-    return record["advantages"] is None or is_list_of(record["advantages"], int | float, H)
+    advantages = record["advantages"]
+    return advantages is None or is_list_of(advantages, int | float, H)
 
 
 def is_list_of(value, wanted, n: int) -> bool:
@@ -191,8 +198,8 @@ def run_for_page(run: Run) -> dict:
         "seed": config["seed"],
         "folder": run.folder.resolve().name,
         "clip": config["clip"],
-        "length": config.get("length", "trained"),
-        "shape": config.get("off_policy_shape", 0.0),
+        "length": config["length"],
+        "shape": config["off_policy_shape"],
         "about": about(config),
         "evals": evals,
         "columns": columns_of(steps[::stride]),
@@ -388,9 +395,8 @@ def step_sums(records: list[dict], config: dict) -> StepSums:
 
 
 def is_trained(record: dict) -> bool:
-    """Whether the program returned it. A group alone does not say so, but a group and advantages:
-    set_advantages sees only what was returned."""
-    return record["group"] is not None and advantages_of(record) is not None
+    """Whether the program returned it: the others have no group."""
+    return record["group"] is not None
 
 
 def is_probe(record: dict, named: set) -> bool:
@@ -398,8 +404,8 @@ def is_probe(record: dict, named: set) -> bool:
 
     named: the ids that other records refer to. The last round of a walk is shown in any case."""
     continues = record["seed"] is not None or record["purpose"] == "oracle"
-    ends = is_trained(record) or record["purpose"] == "walk"
-    return continues and not ends and record["id"] not in named
+    shown = is_trained(record) or record["purpose"] == "walk"
+    return continues and not shown and record["id"] not in named
 
 
 def walks_of(records: list[dict]) -> list[list[int]]:
@@ -410,15 +416,6 @@ def walks_of(records: list[dict]) -> list[list[int]]:
             walk = walks.pop(record["seed"], [record["seed"]])
             walks[record["id"]] = [*walk, record["id"]]
     return list(walks.values())
-
-
-def advantages_of(record: dict) -> list[float] | None:
-    """The advantage of each thought. Older runs have one number for all thoughts."""
-    if "advantages" in record:
-        return record["advantages"]
-    if record["advantage"] is None:
-        return None
-    return [record["advantage"]] * len(record["thought_ends"])
 
 
 def slots_of(records: list[dict]) -> dict[int, int]:
@@ -465,7 +462,7 @@ def rollout_for_page(record: dict, sums: StepSums, config: dict) -> dict:
         "purpose": record["purpose"],
         "k": record["group"][1] if trained else None,
         "reward": rounded(record["reward"]),
-        "advantages": [rounded(a) for a in advantages_of(record) or [0.0] * len(ends)],
+        "advantages": [rounded(a) for a in record["advantages"] or [0.0] * len(ends)],
         "finish": record["finish"],
         "seed": record["seed"],
         "reset": record["reset"],
@@ -500,12 +497,12 @@ def stand_in(record: dict) -> Rollout:
         finish=record["finish"],
         prefix_len=record["prefix_len"],
         trained_from=record.get("trained_from"),
-        advantages=advantages_of(record),
+        advantages=record["advantages"],
     )
 
 
 def weights_of(record: dict, sums: StepSums, config: dict) -> list[float]:
     """Weight of each response token in the loss."""
-    length = config.get("length", "trained")
+    length = config["length"]
     rollout = stand_in(record)
     return token_weights(rollout, sums.rollouts, config["mask_prefix"], length, sums.tokens)

@@ -14,8 +14,9 @@
         origin.json    what the run is a function of (Origin): resuming compares it
         manifest.json  SHA-256 of every other file
 
-Files are written beside, then renamed: a kill or a full disk never damages a finished one. The last
-two checkpoints are kept; other entries of checkpoints/ are not ours and stay. Resuming drops later
+Checkpoints and settings are written beside, then renamed: a kill or a full disk never damages a
+finished one. Lines are appended; a last one that was cut in two is passed over. The last two
+checkpoints are kept; other entries of checkpoints/ are not ours and stay. Resuming drops later
 lines; those steps are done again, with equal results.
 
 Left out: copies on other machines, and checkpoints by time.
@@ -361,8 +362,8 @@ def check_origin(checkpoint: Path, now: Origin, allow_changes: bool) -> None:
 def remember(out_dir: Path, settings: dict) -> None:
     """Brings config.json up to date: settings that this resume changed hold for the next.
 
-    Those of --allow_changes that a checkpoint holds, too: from the next checkpoint on. Until then a
-    resume must allow them again.
+    The last checkpoint still names the old values: until the next one is saved, a resume needs
+    --allow_changes again.
     """
     saved = read_settings(out_dir)
     if saved | settings != saved:
@@ -389,15 +390,15 @@ def drop_later_lines(path: Path, last_step: int) -> None:
     """Drops the lines of later steps, and a last line that a kill cut in two."""
     if not path.exists():
         return
-    kept = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    kept = 0  # bytes
+    with writing(path), path.open("rb+") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
             if step_line(line, f"{path}, line {number}")["step"] > last_step:
                 break
-            kept.append(line)
-    write_whole(path, "".join(kept))
+            kept += len(line)
+        file.truncate(kept)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -425,7 +426,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def step_line(text: str, where: str) -> dict:
+def step_line(text: str | bytes, where: str) -> dict:
     """The object of one line of metrics.jsonl or rollouts.jsonl. Raises UserError if it is none."""
     try:
         line = json.loads(text)
@@ -445,12 +446,13 @@ def read_run(folder: Path) -> Run:
     """
     try:
         config = read_json(folder / "config.json")
-        texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     except READ_FAULTS as fault:
         raise UserError(f"{folder}: not a run directory of srpo.py ({first_line(fault)})")
+    whole, _, _ = text.rpartition("\n")  # a kill may have cut the last line in two
     lines = []
-    for number, text in enumerate(texts, 1):
-        lines.append(step_line(text, f"{folder}/metrics.jsonl, line {number}"))
+    for number, one in enumerate(whole.splitlines(), 1):
+        lines.append(step_line(one, f"{folder}/metrics.jsonl, line {number}"))
     trained = seconds = 0.0
     for line in lines:
         trained += line.get("trained_tokens", 0)

@@ -99,12 +99,19 @@ class Help(ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(HfArgumentParser):
+    """Reports a command line that is wrong in one line, like any other fault."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; --help lists all settings")
+
+
 def read_command_line(groups: tuple, description: str, argv: list[str]) -> dict:
     """Every setting of some dataclasses: name -> its value on the command line, or its default."""
-    parser = HfArgumentParser(
-        groups, description=description, allow_abbrev=False, formatter_class=Help
+    parser = Parser(groups, description=description, allow_abbrev=False, formatter_class=Help)
+    *read, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
     )
-    *read, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"unknown setting {unknown[0]!r:.60}; --help lists all")
     settings = {}

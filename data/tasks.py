@@ -35,7 +35,7 @@ GENERATED = (
 
 
 def load_problems(source: str, seed: int, n: int = 4096) -> list[Problem]:
-    """Returns n problems of a generated task, or all problems of a JSON-lines file.
+    """Returns n problems of a generated task (of a hard set all), or all of a JSON-lines file.
 
     `seed` is the random seed of generated problems; a file ignores `seed` and `n`.
     Raises UserError for an unknown name, or with file and line of the first bad problem.

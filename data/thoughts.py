@@ -53,7 +53,7 @@ class ThoughtTracker:
         self.thought_ends = list(request.prefix_ends)
         self.finish: str | None = None  # answer | eos | thoughts | length
         self.brace = False  # a "}" in this thought? Only then is the response searched for a box
-        # A token has at least one byte: these tokens hold a delimiter, and the token before it.
+        # Every token has at least one byte: so many always hold a delimiter and a token before it.
         self.window = len(vocabulary.delimiter.encode()) + 1
 
     def push(self, token: int) -> None:

@@ -733,6 +733,12 @@ def sets_too_few_advantages(task):
     return task.in_group(0, base)
 
 
+def mixes_two_states(task):
+    (base,) = yield [task.request("base", 2)]
+    (suffixes,) = yield [task.request("suffix", 2, base[0], 2)]
+    return task.in_group(0, base + suffixes)
+
+
 def leaves_a_review_without_advantages(task):
     (review,) = yield [task.ask("review", task.prompt_ids)]
     return task.in_group(0, review)
@@ -750,13 +756,31 @@ def leaves_a_review_without_advantages(task):
         (leaves_a_group_unset, "without a group: put it into one with task.in_group"),
         (sets_too_few_advantages, r"1 advantages for \d+ thoughts: set one for each thought"),
         (leaves_a_review_without_advantages, "without reward and advantages: set its advantages"),
+        (mixes_two_states, "two states into one group: give each reset state a group of its own"),
     ],
 )
 def test_a_program_that_returns_something_else_is_told(policy, program, complaint):
     (task,) = policy.tasks(3, 1)
     name = f"idea.py:{program.__name__}"
-    with pytest.raises(UserError, match=f"^--method {name} (returned|set) .*{complaint}"):
+    with pytest.raises(UserError, match=f"^--method {name} (returned|set|put) .*{complaint}"):
         trained_rollouts(name, run_programs([program(task)], policy.engine))
+
+
+def returns_half_of_a_group(task):
+    (base,) = yield [task.request("base", 4)]
+    for rollout in base:
+        rollout.advantages = [1.0] * len(rollout.thought_ends)
+    return task.in_group(0, base)[:2]
+
+
+def test_what_is_not_returned_has_no_group(policy):
+    """The report and the metrics take a rollout with a group for a trained one."""
+    tasks = policy.tasks(3, 3)
+    sampled = run_programs([returns_half_of_a_group(task) for task in tasks], policy.engine)
+    trained = trained_rollouts("half", sampled)
+    assert len(trained) == 6
+    for rollout in sampled.generated:
+        assert (rollout.group is not None) == any(rollout is other for other in trained)
 
 
 def test_driver_returns_results_in_order_and_counts_everything(policy):

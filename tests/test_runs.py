@@ -440,6 +440,16 @@ def test_a_damaged_config(tmp_path, capsys, content, complaint):
     assert complaint in line and "\n" not in line
 
 
+def test_a_line_that_was_cut_in_two_is_passed_over(run):
+    """Whoever reads a run while it writes, or after a kill, sees its whole lines."""
+    lines = (run / "metrics.jsonl").read_text()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "tok')
+    assert len(runs.read_run(run).lines) == len(lines.splitlines())
+    runs.drop_later_lines(run / "metrics.jsonl", 5)
+    assert (run / "metrics.jsonl").read_text() == lines
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
 @pytest.mark.parametrize("damage", ["{", "[1]", '{"step": "2"}', "7", "\0\0"])
 def test_a_damaged_line(run, name, damage):
@@ -626,6 +636,6 @@ def test_a_tracker_gets_the_step_lines(tmp_path, capsys, monkeypatch):
     run_here(*flags)
     begin, *sent, end = sys.modules["trackio"].lines
     assert begin == ("srpo", "a_run", 2, "allow") and end == "finish"
-    _, *logged = lines_of(out / "metrics.jsonl")
+    logged = lines_of(out / "metrics.jsonl")
     assert sent == [(line["step"], line["total_tokens"], False) for line in logged]
     monkeypatch.delitem(sys.modules, "trackio")
