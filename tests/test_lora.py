@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_english import folder as reader  # noqa: F401  (the fixture: a model that reads text)
 from test_processes import (
     backward_as_on_a_gpu,
     distance,
@@ -129,22 +130,22 @@ SMALL += ["--measure", "0", "--max_tokens_per_thought", "8", "--save_every", "2"
 SMALL += ["--lora_rank", "2", "--lr", "1e-2", "--dtype", "bfloat16"]
 
 
-def test_a_warm_start_is_its_adapters(tmp_path):
+def test_a_warm_start_is_its_adapters(reader, tmp_path):  # noqa: F811
     """Whole, resumed in the midst of a phase, or from its file of adapters: the same policy."""
     whole, resumed, quick = tmp_path / "whole", tmp_path / "resumed", tmp_path / "quick"
-    warm_start.main(["--model", str(POLICY), "--out", str(whole), *SMALL])
+    warm_start.main(["--model", str(reader), "--out", str(whole), *SMALL])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warm_start, "solution", stops_after(warm_start.solution, 13))
         with pytest.raises(KeyboardInterrupt):  # in step 4 of 4; 2 are saved
-            warm_start.main(["--model", str(POLICY), "--out", str(resumed), *SMALL])
+            warm_start.main(["--model", str(reader), "--out", str(resumed), *SMALL])
     state = torch.load(resumed / "format.pt")
     assert state["step"] == 2 and all(".lora_" in name for name in state["trained"])
-    warm_start.main(["--model", str(POLICY), "--out", str(resumed), *SMALL])
+    warm_start.main(["--model", str(reader), "--out", str(resumed), *SMALL])
     adapters = whole / "adapters.safetensors"
-    warm_start.main(["--model", str(POLICY), "--out", str(quick), "--adapters", str(adapters)])
+    warm_start.main(["--model", str(reader), "--out", str(quick), "--adapters", str(adapters)])
 
     policy = load_file(whole / "model.safetensors")
-    before = load_file(POLICY / "model.safetensors")
+    before = load_file(reader / "model.safetensors")
     assert any(not torch.equal(policy[name], before[name]) for name in policy)
     for other in (resumed, quick):
         same = load_file(other / "model.safetensors")
