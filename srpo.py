@@ -84,7 +84,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 @dataclass
 class MethodSettings:
-    _argument_group_name: ClassVar[str] = "method"
+    _argument_group_name: ClassVar[str] = "method"  # its title in --help
     method: str = setting(
         "srpo",
         "srpo resets at the located error, rrpo at a random thought, grpo never; walk (ours) goes "

@@ -12,6 +12,7 @@ Try it alone:  python eval.py curves RUN_DIR [RUN_DIR...]
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from itertools import chain, pairwise
 from pathlib import Path
@@ -318,12 +319,14 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
     rows = math.ceil(len(axes) / columns)
     plt = pyplot()
     size = (4 + 3 * columns, 3.8 * rows)
+    width = 60 * columns  # characters of a line in the legend
     figure, grid = plt.subplots(
         rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     panels = dict(zip(axes, grid.ravel()))
     for number, (name, members) in enumerate(named.items()):
-        draw_mean(panels, name, members, f"C{number}")
+        label = textwrap.fill(label_of(name, members), width)
+        draw_mean(panels, label, members, f"C{number}")
     if len(runs) == 1:
         draw_training_rates(panels, runs[0])
     for axis, panel in panels.items():
@@ -331,17 +334,23 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
         panel.grid(alpha=0.3)
     first = panels[axes[0]]
     first.set(ylabel="held-out pass rate", ylim=(0, None))
-    first.legend(fontsize=8, loc="upper left")
+    lines, labels = first.get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=8, loc="outside lower left")
+    figure.set_figheight(size[1] + 0.15 * "\n".join([*labels, ""]).count("\n"))
     # Without the format, matplotlib writes a name without a suffix elsewhere
     figure.savefig(out, dpi=130, format=out.suffix.removeprefix(".") or "png")
     plt.close(figure)
 
 
-def draw_mean(panels: dict, name: str, members: list[Run], color: str) -> None:
+def label_of(name: str, members: list[Run]) -> str:
+    """The name of runs, files without their folders, and how many seeds they are."""
+    shown = re.sub(r"(^|[ =])[^ =]*/", r"\1", name)
+    return f"{shown} ({len(members)} seeds)" if len(members) > 1 else shown
+
+
+def draw_mean(panels: dict, label: str, members: list[Run], color: str) -> None:
     """The mean curve of the runs of one name, at the steps that all have. panels: by AXES' key."""
     several = len(members) > 1
-    shown = re.sub(r"\S*/", "", name)  # a method or a data file without its folder
-    label = f"{shown} ({len(members)} seeds)" if several else shown
     points = shared_points(members)
     rates = t_interval([column(one, "eval_pass_rate") for one in points])
     for axis, panel in panels.items():

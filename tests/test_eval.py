@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,8 +107,13 @@ class AxisOfTest:
 
 
 def test_the_picture_goes_to_the_first_run(tmp_path):
-    runs = [make_run(tmp_path / name, seed, (0.0, 0.5)) for seed, name in enumerate("ab")]
-    evaluation.main(["curves", *map(str, runs)])
+    long = "srpo " + " ".join(f"setting_{i}=0.{i}" for i in range(20))
+    runs = []
+    for seed, folder in enumerate("ab"):
+        runs.append(make_run(tmp_path / folder, seed, (0.0, 0.5), name=long))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that no room is left for the axes
+        evaluation.main(["curves", *map(str, runs)])
     assert (runs[0] / "curves.png").stat().st_size > 10_000
     assert not (runs[1] / "curves.png").exists()
 
