@@ -90,9 +90,10 @@ BOXED_STEP = re.compile(  # the content of a box: 3, Step 3, No. 3, \text{Though
     r"([+-]?[0-9]{1,9})\s{0,9}\}?\s{0,9}\.?",
     re.IGNORECASE,
 )
-# "Step 3 is not correct", but not "step 3 and 4".
+# "Step 3 is not correct" and "Step 3, 4 + 5 = 8", but not "step 3 and 4".
 SPOKEN_STEP = re.compile(
-    r"\b(?:step|thought)\s{0,9}#?\s{0,9}([0-9]{1,9})\b(?!\s{0,9}(?:,|-|and|or|to)\s{0,9}[0-9])",
+    r"\b(?:step|thought)\s{0,9}#?\s{0,9}([0-9]{1,9})\b"
+    r"(?!\s{0,9}(?:[,/&–-]|and|or|to|through)\s{0,9}[0-9]{1,9}\b(?!\s{0,9}[-+*/=]))",
     re.IGNORECASE,
 )
 # "none", "no error"

@@ -204,7 +204,7 @@ class LoggingSettings:
     out_dir: Optional[str] = setting(None, "run directory; unset: a new one under runs/")
     resume: Optional[str] = setting(None, "run directory to go on with; its settings are used")
     allow_changes: bool = setting(
-        False, "resume although settings, problems, model config or tokenizer changed"
+        False, "resume although settings (not method and split), problems or policy changed"
     )
     tracker: Optional[Literal["trackio", "wandb"]] = setting(
         None, "package that gets the step lines too; unset: none"
@@ -224,8 +224,6 @@ MAY_CHANGE = (
     "steps resume eval_every save_every rollouts_every "
     "micro_batch chunk max_rows engine_memory tp grad_checkpointing allow_changes tracker"
 ).split()
-# These never: they set the defaults of others.
-NEVER_CHANGE = ("method", "split")
 
 
 @dataclass  # which reads the bases from the last one to the first
@@ -300,8 +298,9 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
                 "--method rrpo resets at random; "
                 f"use --method srpo with --localizer {self.localizer}"
             )
+        draws_seeds = self.method in ("srpo", "rrpo") and self.prefixes
         only_fresh = not self.base or self.seed_source == "fresh"
-        if self.prefixes and only_fresh and not self.max_seed_draws:
+        if draws_seeds and only_fresh and not self.max_seed_draws:
             raise UserError("--max_seed_draws 0: then there is no seed; raise it")
 
     def name(self) -> str:
@@ -312,6 +311,9 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
         if self.prefixes:
             parts.append(f"{self.prefixes}x{self.suffixes}")
             usual.prefixes, usual.suffixes = self.prefixes, self.suffixes  # named by now
+            if self.method in ("srpo", "rrpo"):
+                split = f"{self.prefixes}x{self.suffixes}"
+                usual.base = SPLITS.get(split, SPLITS["1x4"])[0]
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in UNNAMED and value != getattr(usual, f.name):
@@ -746,8 +748,8 @@ def parse(argv: list[str]) -> Config:
         return cfg.resolve()
     resumed = saved_config(Path(cfg.resume))
     for name in sorted(given(argv)):
-        if name in NEVER_CHANGE and getattr(cfg, name) != getattr(resumed, name):
-            raise UserError(f"--resume {cfg.resume}: --{name} cannot change; start a new run")
+        if name in ("method", "split"):
+            check_same(cfg, resumed, name)
         if name in MAY_CHANGE or cfg.allow_changes:
             setattr(resumed, name, getattr(cfg, name))
         elif getattr(cfg, name) != getattr(resumed, name):
@@ -756,6 +758,17 @@ def parse(argv: list[str]) -> Config:
                 f"not {getattr(cfg, name)}; leave --{name} out, or add --allow_changes true"
             )
     return resumed.resolve()
+
+
+def check_same(cfg: Config, resumed: Config, name: str) -> None:
+    """Raises UserError where method or split changed: the saved run has its group sizes by them.
+
+    A program of one's own may have moved to another file.
+    """
+    then, now = getattr(resumed, name), getattr(cfg, name)
+    moved = name == "method" and then not in PROGRAMS and now not in PROGRAMS
+    if then != now and not moved:
+        raise UserError(f"--resume {cfg.resume}: --{name} cannot change; start a new run")
 
 
 def saved_config(out_dir: Path) -> Config:

@@ -13,6 +13,7 @@ Try it alone:  python eval.py curves RUN_DIR [RUN_DIR...]
 import math
 import re
 import textwrap
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import chain, pairwise
 from pathlib import Path
@@ -44,28 +45,39 @@ POSITIVE, NEGATIVE = "#2166ac", "#b2182b"
 
 
 def by_name(folders: list[Path]) -> Named:
-    """Reads run directories and groups them by name, and by steps where these differ.
-
-    Raises UserError for one that is no run, and for two of one name and seed.
-    """
+    """Reads run directories and groups them by name. Raises UserError for one that is no run."""
     runs = [read_run(Path(folder)) for folder in folders]
-    steps_of = {}  # name -> the numbers of steps that its runs have
     for run in runs:
         check_run(run)
-        steps_of.setdefault(name_of(run), set()).add(run.config.get("steps"))
     named = {}
+    for name, run in zip(names_of(runs), runs):
+        named.setdefault(name, []).append(run)
+    return named
+
+
+def names_of(runs: list[Run]) -> list[str]:
+    """A name for each run; runs share one if they differ in nothing but their random seed.
+
+    Where runs have different numbers of steps, their names say so. Runs that also have the same
+    seed are no two samples of one method: their names end with their folders.
+    """
+    steps_of = defaultdict(set)  # name -> the numbers of steps that its runs have
+    for run in runs:
+        steps_of[name_of(run)].add(str(run.config.get("steps")))
+    names = []
     for run in runs:
         name = name_of(run)
         if len(steps_of[name]) > 1:
-            name = f"{name} steps={run.config.get('steps')}"
-        for other in named.setdefault(name, []):
-            if other.config.get("seed") == run.config.get("seed"):
-                raise UserError(
-                    f"{other.folder} and {run.folder} are both `{name}` with seed "
-                    f"{run.config.get('seed')}: they are no two samples; leave one out"
-                )
-        named[name].append(run)
-    return named
+            name += f" steps={run.config.get('steps')}"
+        names.append(name)
+    seeds = [str(run.config.get("seed")) for run in runs]
+    same = Counter(zip(names, seeds))
+    distinct = []
+    for name, seed, run in zip(names, seeds, runs):
+        if same[name, seed] > 1:
+            name += f" in {run.folder.resolve()}"
+        distinct.append(name)
+    return distinct
 
 
 # What is read of a step line: numbers, or objects of numbers

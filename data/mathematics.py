@@ -18,8 +18,9 @@ Limits, of the library and of these steps:
   - A decimal equals a number with the same six decimals: 1/3 equals 0.333333. Of numbers below 0.1
     six significant digits count.
   - Units are compared, not converted: `3 cm` is not `30 mm`. A unit that is not in UNITS counts for
-    nothing, and a single letter that is not in \text is a variable: `5 m` is not 5. Degrees are not
-    radians, and functions of degrees are not computed; `5 million` is not 5000000.
+    nothing. A single letter, lb, mg and ml are variables where they are not in \text: `5 m` is not
+    5. Degrees are not radians, and functions of degrees are not computed; `5 million` is not
+    5000000.
   - Bases are compared, not computed: `100_2` is not 4. One in words is not read.
   - Inequalities that are joined by "or" are no union of intervals.
   - An equation equals its multiples, and no other one with the same solutions. Beside a reference
@@ -80,7 +81,10 @@ SIGNS = {
     "¾": r"\frac{3}{4}",
 }
 NESTED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # braces in braces in braces
-GREEK = r"(\\(?:alpha|beta|lambda|mu|omega|phi|pi|theta)(?![a-z]))"
+GREEK = (
+    r"(\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|pi|rho|sigma|tau|(?:var)?phi|omega)"
+    r"(?![a-z]))"
+)
 REWRITES = [  # (pattern, replacement), in this order
     # The space between two rows: \\[6pt].
     (r"\\\\ ?\[ ?-?[\d.]+ ?(?:pt|em|ex|mm|cm)\]", r"\\\\ "),
@@ -94,7 +98,7 @@ REWRITES = [  # (pattern, replacement), in this order
     (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
     # Commas between thousands: 20{,}000 but not 0{,}125, and \frac{20,000}{3}.
     (r"(?<=\d)(?<!\b0)\{,\}(?=\d{3}(?!\d))", ""),
-    (r"(?<=c\{)(\d{1,3}),(\d{3})(?=\})", r"\1\2"),
+    (r"(?<=[^\\_]\{)(\d{1,3}),(\d{3})(?=\})", r"\1\2"),
     (r"(?:~|(?<!\\)\\[ ,;:>]|\\q?quad(?![a-z])|\s)+", " "),
     (r"\{([,:])\}", r"\1"),
     # Bold or underlined as a whole; = or \approx at the beginning.
@@ -200,7 +204,8 @@ FACTOR = (
 # \text{...} with a unit, a bare word of UNITS, and other words behind a number.
 TEXT = rf"\\text\{{(?! ?{FACTOR})(?:[^{{}}]|\{{[^{{}}]*\}})*\}}"
 WORDS = rf"(?<=[\d}}i]) (?!{FACTOR})[a-z]{{3,}}(?: [a-z]+)*$"
-WORD = "|".join(re.escape(name) for name in UNIT_OF if len(name) > 1)
+PRODUCTS = ("lb", "mg", "ml")  # of variables, where they are not in \text
+WORD = "|".join(re.escape(name) for name in UNIT_OF if len(name) > 1 and name not in PRODUCTS)
 UNIT = rf"(?:{TEXT}|(?:{WORD})s?(?![a-zA-Z]))(?: ?\^ ?\{{?-?\d\}}?)?"
 # Units joined by a slash, a dot or a blank, up to the end of an item: `3 \text{m} / \text{s}^2`.
 UNIT_OF_ITEM = rf"(?<=[\d}})i]) ?({UNIT}(?: ?(?:(?:/|\\cdot) ?)?{UNIT})*) ?(?=[,)\]]|$)"

@@ -20,10 +20,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.curves import HUGE, check_run, evaluations, has_types
+from data.curves import HUGE, check_run, evaluations, has_types, names_of
 from data.faults import UserError
 from data.lines import parse
-from data.runs import Run, name_of, read_run
+from data.runs import Run, read_run
 from loss import token_weights
 from rollout import Rollout
 
@@ -41,12 +41,13 @@ def write_report(folders: list[Path], out: Path, megabytes: float) -> None:
     What does not fit is left out, and named in the page and on the terminal. Raises UserError for
     a folder that is no run, a damaged rollouts.jsonl, and an `out` that cannot be written."""
     runs = [readable_run(Path(folder)) for folder in folders]
-    data = {"notes": [], "runs": [run_for_page(run) for run in runs]}
+    pages = [run_for_page(run, name) for run, name in zip(runs, names_of(runs))]
+    data = {"notes": [], "runs": pages}
     room = megabytes * 1e6 - len(page(data)) - NOTE_BYTES
     if room < 0:
         raise UserError(
-            f"--megabytes {megabytes:g}: without any tree the page has "
-            f"{megabytes - room / 1e6:.2f} MB already; allow more"
+            f"--megabytes {megabytes:g} is too little: without any tree the page has "
+            f"{megabytes - room / 1e6:.3f}; allow more"
         )
     n_trees = 0
     for i, (run, shown) in enumerate(zip(runs, data["runs"])):
@@ -185,7 +186,7 @@ def rounded(x: float | None) -> float | None:
 # -------------------------------------------------------------------------------------- curves
 
 
-def run_for_page(run: Run) -> dict:
+def run_for_page(run: Run, name: str) -> dict:
     """What the charts of one run need; its trees are added later, as far as there is room."""
     config = run.config
     steps = [line for line in run.lines if line["step"] > 0]
@@ -194,7 +195,7 @@ def run_for_page(run: Run) -> dict:
     for line in evaluations(run.lines):
         evals.append([line["step"], line["total_tokens"], rounded(line["eval_pass_rate"])])
     return {
-        "name": name_of(run),
+        "name": name,
         "seed": config["seed"],
         "folder": run.folder.resolve().name,
         "clip": config["clip"],

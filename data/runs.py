@@ -343,7 +343,8 @@ def check_origin(checkpoint: Path, now: Origin, allow_changes: bool) -> None:
     then = Origin(**read_json(checkpoint / "origin.json"))
     changes = []
     for name, value in now.settings.items():
-        if name in then.settings and then.settings[name] != value:
+        not_recorded = name == "dtype" and then.settings.get(name) is None  # by an older version
+        if name in then.settings and then.settings[name] != value and not not_recorded:
             changes.append(f"{name} was {then.settings[name]!r} and is {value!r}")
     for name, sha in now.inputs.items():
         if name not in then.inputs:

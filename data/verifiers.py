@@ -153,7 +153,8 @@ def grade_integers(boxed: str, answer: str) -> float:
     Blanks or commas stand between them, so `1,000` is the list of 1 and 0; brackets may stand
     around them. Each has a sign or none and up to 1000 ASCII digits.
     """
-    apart = boxed.replace("\\,", " ")  # a thin space is a blank here
+    # A thin space is a blank here, and a comma never stands between thousands.
+    apart = boxed.replace("\\,", " ").replace("{,}", ",")
     bare = re.sub(r"^\\?[(\[{](.*?)\\?[)\]}]$", r"\1", tidied(apart))
     found = bare.replace(",", " ").split()
     if not found or not all(re.fullmatch(r"[+-]?\d{1,1000}", item, re.ASCII) for item in found):
@@ -230,12 +231,12 @@ def names_letters(rest: str, like: str) -> bool:
 def grade_yes_no(boxed: str, answer: str) -> float:
     """Returns 1.0 if box and reference agree: yes is true, no is false.
 
-    A reason may stand behind a sign, as in `Yes, because 7 is prime`, without these four words.
+    More may stand behind a sign, as in `Yes, because 7 is prime`, without these four words.
     """
     meaning = {"yes": True, "true": True, "no": False, "false": False}
     text = unwrapped(boxed).lower()
     said = [word for word in re.findall(r"\w+", text) if word in meaning]
-    if len(said) != 1 or not re.match(said[0] + r"\s*(?:$|[,.;:(—-])", text):
+    if len(said) != 1 or not re.match(said[0] + r"\s*(?:$|[,.;:!(—–]| -)", text):
         count("not_yes_or_no")
         return 0.0
     return float(meaning[said[0]] == meaning[answer.strip().lower()])

@@ -203,7 +203,7 @@ class Pair:
         differences = []
         for a, b in self.matched():
             rate_a, rate_b = rates_at_equal(what, a, b)
-            if not np.isnan(rate_a):
+            if not np.isnan(rate_a - rate_b):
                 differences.append(rate_a - rate_b)
         return Compared(differences)
 

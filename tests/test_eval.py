@@ -135,9 +135,11 @@ def test_only_other_seeds_of_as_many_steps_share_a_curve(tmp_path):
     short = make_run(tmp_path / "short", 0, (0.1, 0.2), steps=60)
     long = make_run(tmp_path / "long", 0, (0.1, 0.2), steps=120)
     again = make_run(tmp_path / "again", 0, (0.1, 0.3), steps=60)
+    other = make_run(tmp_path / "other", 1, (0.1, 0.3), steps=60)
     assert list(curves.by_name([short, long])) == ["srpo 1x4 steps=60", "srpo 1x4 steps=120"]
-    with pytest.raises(UserError, match="are both `srpo 1x4` with seed 0"):
-        curves.by_name([short, again])
+    twins = [f"srpo 1x4 in {short}", f"srpo 1x4 in {again}"]
+    assert list(curves.by_name([short, again, other])) == [*twins, "srpo 1x4"]
+    assert list(curves.by_name([short, other])) == ["srpo 1x4"]
 
 
 def test_markdown():

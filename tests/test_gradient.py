@@ -37,8 +37,12 @@ def test_signal_says_what_it_cannot_measure(tmp_path):
         gradient.main(["signal", "--repeats", "1"])
     data = tmp_path / "problems.jsonl"
     data.write_text('{"question": "1 + 1?", "answer": "2", "kind": "integer"}\n')
+    few = ["signal", "--data", str(data), "--repeats", "2", "--prompts", "1"]
+    with pytest.raises(UserError, match="has 1 problems, not 2: each of --repeats takes"):
+        gradient.main(few)
+    data.write_text(data.read_text() * 2)
     with pytest.raises(UserError, match="needs a step checker"):
-        gradient.main(["signal", "--data", str(data), "--variants", "srpo 1x4 verifier"])
+        gradient.main([*few, "--variants", "srpo 1x4 verifier"])
 
 
 def test_anatomy_runs(tmp_path):

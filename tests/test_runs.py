@@ -21,7 +21,7 @@ from test_run import files_of, lines_of, refused, run_here
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import srpo
-from conftest import POLICY, ROOT
+from conftest import IDEA, POLICY, ROOT
 from data import parallel, policies, runs
 from data.faults import UserError
 
@@ -314,6 +314,28 @@ def test_method_and_split_stay(capsys, run, change):
     """They set the defaults of other settings, which the run has by now."""
     line = refused(capsys, "--resume", run, *change.split(), "--allow_changes", "true")
     assert "cannot change; start a new run" in line and "\n" not in line
+
+
+def test_a_program_may_move(tmp_path, capsys):
+    """To another file with the same text; the files of both are compared."""
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(IDEA)
+    out = tmp_path / "run"
+    start = ["--method", f"{tmp_path}/a.py:vine", "--oracle_samples", "2", "--out_dir", out]
+    run_here(*TINY, *start, "--steps", "1")
+    run_here("--resume", out, "--method", f"{tmp_path}/b.py:vine", "--allow_changes", "true")
+    line = refused(capsys, "--resume", out, "--method", "grpo", "--allow_changes", "true")
+    assert "--method cannot change; start a new run" in line
+
+
+def test_a_type_that_was_not_recorded_is_no_change(run):
+    edit(run / "config.json", dtype=None)
+    newest = runs.newest_checkpoint(run)
+    origin = json.loads((newest / "origin.json").read_text())
+    origin["settings"]["dtype"] = None
+    now = runs.Origin(origin["settings"] | {"dtype": "float32"}, origin["inputs"])
+    (newest / "origin.json").write_text(json.dumps(origin))
+    runs.check_origin(newest, now, allow_changes=False)
 
 
 def test_steps_of_a_resume_are_remembered(capsys, run):

@@ -298,9 +298,12 @@ def test_savings_are_bounds_where_a_run_never_gets_there():
     assert str(study_tables.Pair(fast, never).saving("tokens")).startswith("> ")
     assert str(study_tables.Pair(never, fast).saving("tokens")).startswith("< ")
     assert str(study_tables.Pair(never, never).saving("tokens")) == "-"
+    assert str(study_tables.Pair(fast, slow).at_equal("cpu")) == "0.400 (0.400 to 0.400)"
     for result in slow:
         result.cpu_seconds = None  # resumed: nobody knows
     assert str(study_tables.Pair(fast, slow).saving("cpu")) == ""
+    assert str(study_tables.Pair(fast, slow).at_equal("cpu")) == ""
+    assert str(study_tables.Pair(slow, fast).at_equal("cpu")) == ""
 
 
 def test_one_or_two_seeds_have_no_interval():

@@ -89,6 +89,8 @@ from data.verifiers import KINDS, check_machine
                 "$yes$",
                 "Yes, because 7 is prime",
                 "Yes (by induction)",
+                "Yes – by induction",
+                "Yes!",
             ],
             [
                 "no",
@@ -102,6 +104,7 @@ from data.verifiers import KINDS, check_machine
                 "Yes, no",
                 "yes or maybe",
                 "It depends, yes",
+                "yes-man",
                 "No, because 7 is prime",
             ],
         ),
@@ -186,7 +189,16 @@ from data.verifiers import KINDS, check_machine
             [r"\frac{20}{3}", r"\frac{20,00}{3}"],
         ),
         ("math", "0.125", ["0{,}125", r"\frac18"], ["125", "0125"]),
-        ("math", r"16 \text{ oz}", ["16", "16 ounces"], ["16 lb", "16 pounds", "16 l"]),
+        ("math", r"16 \text{ oz}", ["16", "16 ounces"], [r"16 \text{ lb}", "16 pounds", "16 l"]),
+        # Products, not millilitres and pounds.
+        (
+            "math",
+            r"\frac{1}{12} m l^2",
+            [r"\frac{1}{12}ml^2", r"\frac{ml^2}{12}"],
+            [r"\frac{1}{12}"],
+        ),
+        ("math", "2lb", ["2bl", "2 l b"], ["2"]),
+        ("math", r"\frac{1}{20000}", [r"\frac{1}{20,000}", "0.00005"], [r"\frac{1}{20}"]),
         ("integer", "72", ["72", "+72", "072"], ["73", "72.0", "7 2", "seventy-two"]),
         (
             "integer",
@@ -210,7 +222,7 @@ from data.verifiers import KINDS, check_machine
                 "1" * 2000,
             ],
         ),
-        ("integers", "5 100 7", ["5, 100, 7", r"5\,100\,7"], ["5100 7", "5 1007"]),
+        ("integers", "5 100 7", ["5, 100, 7", r"5\,100\,7", "5{,}100{,}7"], ["5100 7"]),
     ],
 )
 def test_answers(kind, answer, right, wrong):
