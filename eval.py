@@ -47,7 +47,7 @@ from data.curves import (
 from data.driver import run_programs
 from data.faults import UserError, counters
 from data.labelled import is_labelled, load_labelled, sample_labelled
-from data.lines import check_writable, write_lines, write_text
+from data.lines import check_writable, read_json, write_lines, write_text
 from data.parallel import compute_dtype, connect, end_program, on_main, processes, rank
 from data.policies import (
     digest_of_weights,
@@ -211,11 +211,17 @@ def command_benchmark(args) -> None:
             results[name] = summary(done, args.samples)
             write_unsolved(out / f"unsolved-{name}.jsonl", problems, done)
     if rank() == 0:
-        content = {"settings": settings, "results": results}
-        write_text(out / "results.json", json.dumps(content, indent=1))
+        write_results(out / "results.json", settings, results)
         print(benchmark_table(results, args.samples))
         print("± is half a 95% interval over problems (0: unknown); tokens, seconds: per problem")
         print(f"{out}/results.json, and every response in {out}/SET.jsonl")
+
+
+def write_results(path: Path, settings: dict, results: dict[str, dict]) -> None:
+    """Adds the results of some sets to those of others with the same settings."""
+    others = read_json(path)["results"] if path.exists() else {}
+    content = {"settings": settings, "results": others | results}
+    write_text(path, json.dumps(content, indent=1))
 
 
 def check_benchmark(args) -> None:
@@ -368,6 +374,8 @@ def on_own_failures(tasks: list[Task], engine, reference) -> dict:
     """
     programs = [locate_failure(task, reference) for task in tasks]
     failures = [found for found in run_programs(programs, engine).results if found is not None]
+    if not failures:
+        raise UserError(f"no failure among {len(tasks)} problems: give harder ones, or more")
     located = [failure for failure in failures if failure.named is not None]
     clean = [failure for failure in located if failure.late_by <= 0]
     erroneous = [failure for failure in located if failure.late_by > 0]

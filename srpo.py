@@ -647,6 +647,8 @@ def begin(run: Training, last_checkpoint: Path | None, n_parameters: int) -> Non
             group |= {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
         run.engine.sync(trained_weights(run.model))
     if cfg.resume:
+        if rank() == 0 and run.progress.step >= cfg.steps:
+            print(f"all {cfg.steps} steps are done; --steps with a larger number goes on")
         run.after = on_main(runs.rewind, run.out_dir, last_checkpoint)
         on_main(runs.remember, run.out_dir, settings)
     else:
@@ -723,9 +725,10 @@ def print_result(run: Training, stopped: bool, seconds: float) -> None:
     progress = run.progress
     if stopped:
         print(f"stopped after step {progress.step}; go on with: {command()} --resume {run.out_dir}")
+    since = " since this resume" if run.cfg.resume else ""
     print(
         f"held-out pass rate {progress.before:.3f} -> {run.after:.3f} in "
-        f"{progress.total_tokens / 1e6:.2f} M generated tokens and {seconds:.0f} s"
+        f"{progress.total_tokens / 1e6:.2f} M generated tokens and {seconds:.0f} s{since}"
     )
     print(f"run directory: {run.out_dir}  (curve.png, metrics.jsonl, rollouts.jsonl, checkpoints/)")
 

@@ -46,13 +46,21 @@ POSITIVE, NEGATIVE = "#2166ac", "#b2182b"
 
 def by_name(folders: list[Path]) -> Named:
     """Reads run directories and groups them by name. Raises UserError for one that is no run."""
-    runs = [read_run(Path(folder)) for folder in folders]
+    runs = [read_run(folder) for folder in without_twins(folders)]
     for run in runs:
         check_run(run)
     named = {}
     for name, run in zip(names_of(runs), runs):
         named.setdefault(name, []).append(run)
     return named
+
+
+def without_twins(folders: list[Path]) -> list[Path]:
+    """Each folder once, as it was named first."""
+    by_place = {}
+    for folder in map(Path, folders):
+        by_place.setdefault(folder.resolve(), folder)
+    return list(by_place.values())
 
 
 def names_of(runs: list[Run]) -> list[str]:
@@ -338,14 +346,16 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
     panels = dict(zip(axes, grid.ravel()))
     for number, (name, members) in enumerate(named.items()):
         label = textwrap.fill(label_of(name, members), width)
-        draw_mean(panels, label, members, f"C{number}")
+        draw_mean(panels, f"held-out, {label}" if len(runs) == 1 else label, members, f"C{number}")
     if len(runs) == 1:
         draw_training_rates(panels, runs[0])
     for axis, panel in panels.items():
         panel.set(xlabel=AXES[axis][0])
         panel.grid(alpha=0.3)
     first = panels[axes[0]]
-    first.set(ylabel="held-out pass rate", ylim=(0, None))
+    first.set(ylabel="pass rate" if len(runs) == 1 else "held-out pass rate", ylim=(0, None))
+    if "step" in panels:
+        panels["step"].xaxis.get_major_locator().set_params(integer=True)
     lines, labels = first.get_legend_handles_labels()
     figure.legend(lines, labels, fontsize=8, loc="outside lower left")
     figure.set_figheight(size[1] + 0.15 * "\n".join([*labels, ""]).count("\n"))

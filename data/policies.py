@@ -63,6 +63,8 @@ def load_policy(name: str | Path, dtype: torch.dtype = torch.float32):
     disable_progress_bar()  # of weight loading: a tiny model would print more bars than steps
     set_verbosity_error()  # check_weights says in a line what a report of theirs says in ten
     source = policy_source(name)
+    if (Path(source) / "checkpoints").is_dir():
+        raise UserError(f"--model {name}: a run directory; give one of its checkpoints/step_N")
     tokenizer = load_tokenizer(source, name)
     try:
         if (Path(source) / "generation_config.json").exists():
@@ -308,7 +310,7 @@ def encode_text(tokenizer, text: str) -> list[int]:
     if locate_token(tokenizer) is not None and tokenizer.pad_token_id in ids:
         raise UserError(
             f"the policy has no tokens for {text[:40]!r}: the embedded one reads chain-12 and its "
-            "like only; give --model"
+            "like only; give another --model"
         )
     return ids
 
@@ -384,7 +386,7 @@ def encode_all(tokenizer, problems: list[Problem], context: int, source: str) ->
         if len(ids) >= context:
             raise UserError(
                 f"{source}: the prompt of problem {problem.index + 1} has {len(ids)} tokens, "
-                f"the model's context is {context}; remove it"
+                f"the context is {context}; remove it, or raise --context where it is set"
             )
     return prompts
 

@@ -53,6 +53,10 @@ def load_program(method: str) -> Callable:
             f"--method {method}: {name} is no generator function of {source}; a program yields "
             "lists of requests and returns rollouts (README, Your own credit-assignment idea)"
         )
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise UserError(f"--method {method}: {name} must take one argument, the task")
     return function
 
 

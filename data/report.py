@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.curves import HUGE, check_run, evaluations, has_types, names_of
+from data.curves import HUGE, check_run, evaluations, has_types, names_of, without_twins
 from data.faults import UserError
 from data.lines import parse
 from data.runs import Run, read_run
@@ -40,7 +40,7 @@ def write_report(folders: list[Path], out: Path, megabytes: float) -> None:
 
     What does not fit is left out, and named in the page and on the terminal. Raises UserError for
     a folder that is no run, a damaged rollouts.jsonl, and an `out` that cannot be written."""
-    runs = [readable_run(Path(folder)) for folder in folders]
+    runs = [readable_run(folder) for folder in without_twins(folders)]
     pages = [run_for_page(run, name) for run, name in zip(runs, names_of(runs))]
     data = {"notes": [], "runs": pages}
     room = megabytes * 1e6 - len(page(data)) - NOTE_BYTES

@@ -285,7 +285,7 @@ def fault_of_tests(tests) -> str | None:
         (("call", "check", "setup"), check_code),
     ]
     if not isinstance(tests, dict) or not tests:
-        return "is missing or empty; see share_passed in data/sandbox.py"
+        return "must be an object with stdin, or call and cases, or call and check"
     for fields, check in forms:
         if set(tests) == set(fields):
             return check(tests)

@@ -28,9 +28,8 @@ Left out: packing, epochs, and a search over recipes.
 Departures: the form of the reviews (redo each step, compare, judge) is ours. The paper prompts
 models that can already review.
 
-Try it alone:
-    python -m data.warm_start --out tiny --model data/policy --format_steps 2 --review_steps 2 \\
-        --problems 8 --measure 4
+Try it alone, in a minute and without training:
+    python -m data.warm_start --out smollm2 --adapters data/smollm2/adapters.safetensors
 """
 
 import argparse

@@ -82,6 +82,9 @@ def returns_nothing(task):
 def no_generator(task):
     return []
 
+def of_two(task, other):
+    yield []
+
 not_even_a_function = 1
 """
 

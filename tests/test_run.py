@@ -213,6 +213,7 @@ def test_a_step_that_measures_and_trains_nothing(tmp_path, idea):
         ("{tmp}/elsewhere/idea.py:", "is no generator function of"),
         ("{tmp}/elsewhere/idea.py:no_generator", "a program yields lists of requests and returns"),
         ("{tmp}/elsewhere/idea.py:not_even_a_function", "is no generator function of"),
+        ("{tmp}/elsewhere/idea.py:of_two", "of_two must take one argument, the task"),
     ],
 )
 def test_a_bad_method_is_one_clear_line(tmp_path, capsys, untouched, idea, method, complaint):
@@ -582,6 +583,7 @@ def write_bad_inputs(folder):
     (folder / "field.jsonl").write_text('{"question": "1+1", "kind": "integer"}')
     long = {"question": "= " * 500, "answer": "2", "kind": "integer"}
     (folder / "long.jsonl").write_text(json.dumps(long))
+    (folder / "run" / "checkpoints").mkdir(parents=True)
     shutil.copytree(POLICY, folder / "no_pad")
     config_path = folder / "no_pad" / "tokenizer_config.json"
     config = json.loads(config_path.read_text())
@@ -598,7 +600,7 @@ def write_bad_inputs(folder):
         ("--train_data {tmp}/field.jsonl", "field.jsonl, line 1: field 'answer' is missing"),
         (
             "--train_data {tmp}/long.jsonl",
-            "the prompt of problem 1 has 500 tokens, the model's context is 384",
+            "the prompt of problem 1 has 500 tokens, the context is 384; remove it, or raise",
         ),
         ("--train_data chain-0", "1 to 24 steps"),
         ("--method ppo", "--method ppo: no such method"),
@@ -623,6 +625,7 @@ def write_bad_inputs(folder):
         ("--engine_memory 0", "--engine_memory must be above 0"),
         ("--model {tmp}/nothing", "cannot be loaded"),
         ("--model {tmp}", "cannot be loaded"),
+        ("--model {tmp}/run", "a run directory; give one of its checkpoints/step_N"),
         ("--model {tmp}/no_pad", "its tokenizer has no pad token"),
         ("--resume {tmp}/nothing", "no run of this program is there"),
         ("--no_such_flag 1", "no_such_flag"),

@@ -312,9 +312,9 @@ def test_numbers_and_blanks(printed, expected, same):
 
 DEEP = "[" * 200 + "]" * 200
 MALFORMED = [
-    (None, "missing or empty"),
-    ([], "missing or empty"),
-    ({}, "missing or empty"),
+    (None, "must be an object with stdin"),
+    ([], "must be an object with stdin"),
+    ({}, "must be an object with stdin"),
     ({"stdin": []}, "needs a list of pairs"),
     ({"stdin": "1 2"}, "needs a list of pairs"),
     ({"stdin": [["1", "2"], ["1"]]}, "case 2 is no pair"),
