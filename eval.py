@@ -219,7 +219,12 @@ def command_benchmark(args) -> None:
 
 def write_results(path: Path, settings: dict, results: dict[str, dict]) -> None:
     """Adds the results of some sets to those of others with the same settings."""
-    others = read_json(path)["results"] if path.exists() else {}
+    others = {}
+    if path.exists():
+        try:
+            others = dict(read_json(path)["results"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: not as this command writes it; remove it and start again")
     content = {"settings": settings, "results": others | results}
     write_text(path, json.dumps(content, indent=1))
 

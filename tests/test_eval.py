@@ -374,6 +374,11 @@ def test_results_belong_to_the_content_of_a_file(tmp_path):
     assert sorted(result["problems"] for result in kept.values()) == [2, 3, 4]
     content = tmp_path / "out" / "results.json"
     content.rename(tmp_path / "second.json")
+    content.write_text("[]")
+    assert "results.json: not as this command writes it" in refused(
+        "benchmark", "--data", third, *out
+    )
+    content.unlink()
     evaluation.main(["benchmark", "--data", write_problems(tmp_path / "set.jsonl", ["7"]), *out])
     complaint = refused("benchmark", "--compare", content, tmp_path / "second.json")
     assert "share no problems" in complaint
