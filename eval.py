@@ -26,6 +26,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # as in srpo.py, before torch is loaded
     os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="2000")
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data.curves import (
@@ -48,7 +49,7 @@ from data.driver import run_programs
 from data.faults import UserError, counters
 from data.labelled import is_labelled, load_labelled, sample_labelled
 from data.lines import check_writable, read_json, write_lines, write_text
-from data.parallel import compute_dtype, connect, end_program, on_main, processes, rank
+from data.parallel import connect, end_program, on_main, processes, rank, usual_dtype
 from data.policies import (
     digest_of_weights,
     encode_all,
@@ -136,15 +137,15 @@ class Policy:
 def open_policy(args, with_digest: bool = False) -> Policy:
     """Loads --model with --engine, on this process's GPU where there is one."""
     device, _ = connect()
-    dtype = compute_dtype(args.dtype, device)
-    model, tokenizer = load_policy(args.model, dtype)
+    dtype = args.dtype or usual_dtype()
+    model, tokenizer = load_policy(args.model, getattr(torch, dtype))
     context = longest_sequence(model, args.model)
-    settings = dict(max_rows=args.max_rows, dtype=dtype)
+    settings = dict(max_rows=args.max_rows, dtype=getattr(torch, dtype))
     if device.type == "cuda":
         settings["device"] = device
     engine = make_engine(args.engine, args.model, model, tokenizer, context, **settings)
     digest = digest_of_weights(model) if with_digest else None
-    return Policy(tokenizer, engine, context, str(dtype).removeprefix("torch."), digest)
+    return Policy(tokenizer, engine, context, dtype, digest)
 
 
 def held_out(data: str, args, at_most: int | None = None) -> list[Problem]:

@@ -246,7 +246,7 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
         if self.lr is None:
             self.lr = self.usual_lr()
         if self.dtype is None:
-            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+            self.dtype = parallel.usual_dtype()
         self.check()
         return self
 
@@ -309,11 +309,11 @@ class Config(LoggingSettings, TrainingSettings, SamplingSettings, DataSettings, 
         usual = Config(method=self.method, split=self.split).resolve()
         usual.lr = self.usual_lr()  # the default for this model and this lora_rank
         if self.prefixes:
-            parts.append(f"{self.prefixes}x{self.suffixes}")
+            split = f"{self.prefixes}x{self.suffixes}"
+            parts.append(split)
             usual.prefixes, usual.suffixes = self.prefixes, self.suffixes  # named by now
-            if self.method in ("srpo", "rrpo"):
-                split = f"{self.prefixes}x{self.suffixes}"
-                usual.base = SPLITS.get(split, SPLITS["1x4"])[0]
+            if split in SPLITS and self.method in ("srpo", "rrpo"):
+                usual.base, _, _ = SPLITS[split]
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in UNNAMED and value != getattr(usual, f.name):
@@ -502,15 +502,12 @@ def set_up(cfg: Config) -> Training:
         last_checkpoint = on_main(runs.reopen, out_dir, cfg.steps)
     else:
         on_main(runs.check_new, out_dir)
-    dtype = parallel.compute_dtype(cfg.dtype, device)
+    dtype = getattr(torch, cfg.dtype)
     # A LoRA base is not trained: it needs no float32 weights.
     model, tokenizer = policies.load_policy(cfg.model, dtype if cfg.lora_rank else torch.float32)
     policies.check_head(model, cfg.model)
     policies.check_saving(model, tokenizer, cfg.model)
-    longest = policies.longest_sequence(model, cfg.model)
-    context = cfg.context or longest
-    if context > longest:
-        raise UserError(f"--context {context}: the model takes {longest} tokens at most")
+    context = context_of(cfg, model)
     train_prompts = policies.encode_all(tokenizer, train_problems, context, cfg.train_data)
     eval_prompts = policies.encode_all(tokenizer, eval_problems, context, cfg.eval_data)
     policy = policies.fingerprint(model, tokenizer)
@@ -542,6 +539,14 @@ def set_up(cfg: Config) -> Training:
     )
     begin(run, last_checkpoint, n_parameters)
     return run
+
+
+def context_of(cfg: Config, model) -> int:
+    """Tokens of the longest sequence of a run. Raises UserError where the model takes fewer."""
+    longest = policies.longest_sequence(model, cfg.model)
+    if cfg.context and cfg.context > longest:
+        raise UserError(f"--context {cfg.context}: the model takes {longest} tokens at most")
+    return cfg.context or longest
 
 
 def new_optimizer(parameters: list[torch.nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
@@ -633,7 +638,7 @@ def prepare(model, cfg: Config, device: torch.device, sharded: bool) -> None:
     if cfg.grad_checkpointing:
         policies.checkpoint_layers(model)
     if sharded:
-        dtype = parallel.compute_dtype(cfg.dtype, device)
+        dtype = getattr(torch, cfg.dtype)
         parallel.shard(model, policies.layers_of(model), device, dtype, body_and_head)
 
 

@@ -1,9 +1,8 @@
 """Curves, tables and statistics of what was measured: training runs and benchmarks.
 
 Runs with the same name and number of steps differ only in their random seed: they share one curve
-and one table row.
-Intervals over seeds are Student's, over problems normal or bootstrap ones (which say nothing where
-all problems are alike), and those of other shares Wilson's.
+and one table row. Intervals over seeds are Student's, over problems normal or bootstrap ones (which
+say nothing where all problems are alike), and those of other shares Wilson's.
 
 Left out: significance tests, and corrections for the number of comparisons.
 
@@ -333,7 +332,8 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
     the first of the axes only, since it looks alike by all, and the pass rates of its training
     rollouts too."""
     runs = list(chain.from_iterable(named.values()))
-    if len(runs) == 1:
+    alone = len(runs) == 1
+    if alone:
         axes = axes[:1]
     columns = min(2, len(axes))
     rows = math.ceil(len(axes) / columns)
@@ -345,20 +345,23 @@ def draw_curves(named: Named, out: Path, axes=("step", "total_tokens")) -> None:
     )
     panels = dict(zip(axes, grid.ravel()))
     for number, (name, members) in enumerate(named.items()):
-        label = textwrap.fill(label_of(name, members), width)
-        draw_mean(panels, f"held-out, {label}" if len(runs) == 1 else label, members, f"C{number}")
-    if len(runs) == 1:
+        label = label_of(name, members)
+        if alone:
+            label = f"held-out, {label}"
+        draw_mean(panels, textwrap.fill(label, width), members, f"C{number}")
+    if alone:
         draw_training_rates(panels, runs[0])
     for axis, panel in panels.items():
         panel.set(xlabel=AXES[axis][0])
         panel.grid(alpha=0.3)
     first = panels[axes[0]]
-    first.set(ylabel="pass rate" if len(runs) == 1 else "held-out pass rate", ylim=(0, None))
+    first.set(ylabel="pass rate" if alone else "held-out pass rate", ylim=(0, None))
     if "step" in panels:
         panels["step"].xaxis.get_major_locator().set_params(integer=True)
     lines, labels = first.get_legend_handles_labels()
     figure.legend(lines, labels, fontsize=8, loc="outside lower left")
-    figure.set_figheight(size[1] + 0.15 * "\n".join([*labels, ""]).count("\n"))
+    legend_lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(size[1] + 0.15 * legend_lines)  # inches
     # Without the format, matplotlib writes a name without a suffix elsewhere
     figure.savefig(out, dpi=130, format=out.suffix.removeprefix(".") or "png")
     plt.close(figure)

@@ -76,11 +76,9 @@ def connect(dtype: str | None = None) -> tuple[torch.device, bool]:
     return device, sharded
 
 
-def compute_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """The type that the policy computes in; dtype: of --dtype, None: the device's usual one."""
-    if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, dtype)
+def usual_dtype() -> str:
+    """The name of the type that a policy computes in where --dtype is unset."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 JOIN = timedelta(minutes=1)  # torchrun's agent listens before it starts a process

@@ -188,7 +188,7 @@ class Pair:
         return Compared([a.pass_at_8 - b.pass_at_8 for a, b in self.matched()])
 
     def at_8_over_problems(self) -> Interval:
-        """The same as `over_problems` does it: one is a problem that only the first solves."""
+        """The same over the problems of all seeds, as in `over_problems`."""
         differences = []  # [seeds x problems]
         for a, b in self.matched():
             for ours, theirs in zip(a.right, b.right, strict=True):
@@ -523,14 +523,13 @@ def claim_rows(results: list[Result]) -> list[dict]:
         if not pair.matched():
             continue
         compared = measured(claim, pair)
+        said = "neither learns" if neither_learns(pair, claim) else verdict(compared, claim)
         rows.append(
             {
                 "claim": f"**{claim.text}**" if claim.primary else claim.text,
                 "runs": claim.table,
                 "measured (95%)": str(compared),
-                "verdict": "neither learns"
-                if neither_learns(pair, claim)
-                else verdict(compared, claim),
+                "verdict": said,
             }
         )
     return rows
@@ -577,9 +576,10 @@ def neither_learns(pair: Pair, claim: Claim) -> bool:
     when the shorter of its pair ends."""
     rates = []
     for a, b in pair.matched():
-        rates += (
-            [a.pass_rate, b.pass_rate] if claim.by == "end" else rates_at_equal("generated", a, b)
-        )
+        if claim.by == "end":
+            rates += [a.pass_rate, b.pass_rate]
+        else:
+            rates += rates_at_equal("generated", a, b)
     return max(rates) < FLOOR
 
 
